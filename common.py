@@ -242,7 +242,7 @@ def synthetic_metadata(seed=0):
     return Metadata("synthetic", None, None, g // 2, g % 2, g, split, 2, groups)
 
 
-def draw_birds(y, a, rng, size=48, difficulty=0.35):
+def draw_birds(y, a, rng, size=48, difficulty=0.2):
     """The built-in set, a tiny Waterbirds: images uint8 (N, 3, size, size) and exact bird masks, bool
     (N, size, size), for classes y (0 landbird, 1 waterbird) and places a (0 land, 1 water), each (N,).
     Waterbirds have longer bodies, necks and beaks: `difficulty` is the spread of these within a class,
@@ -296,7 +296,7 @@ def draw_birds(y, a, rng, size=48, difficulty=0.35):
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8).transpose(0, 3, 1, 2), alpha > 0.5
 
 
-def load_split(meta, name, size, cache="runs/cache", difficulty=0.35):
+def load_split(meta, name, size, cache="runs/cache", difficulty=0.2):
     """Pixels of one split (train, val or test), decoded once and kept as a memory map in `cache`: every
     image resized to S x S, S = size * 256 / 224 (the built-in set: S = size, drawn by draw_birds with
     `difficulty`). Raises BadInput naming images that are missing or unreadable."""
@@ -519,7 +519,8 @@ def build_model(arch, n_classes, size, weights="none"):
     arch: resnet10 (torchvision's ResNet, one basic block per stage, for the built-in set), any torchvision
     name, or any timm name. weights: 'default' (published ImageNet weights), 'none', or a file; all but
     the head is taken from them. Raises BadInput."""
-    torchvision_names = torchvision.models.list_models(module=torchvision.models)
+    torchvision_names = torchvision.models.list_models(  # these two have auxiliary heads and their own normalisation
+        module=torchvision.models, exclude=["googlenet", "inception_v3"])
     mean, std, head, state = IMAGENET_MEAN, IMAGENET_STD, None, None
     if arch == "resnet10":
         block = torchvision.models.resnet.BasicBlock
@@ -683,6 +684,17 @@ def evaluate(model, split, size, device="cpu", batch_size=256):
 # ------------------------------------------------------------------------------------------------
 
 NOT_SETTINGS = ("run", "device", "cache", "resume", "overwrite")  # arguments that leave the results alone
+
+
+def check_flags(args, *positive):
+    """Raises BadInput unless the arguments named are positive and --device is there."""
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}; use cpu or cuda") from error
 
 
 def set_seed(seed):

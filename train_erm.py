@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (SPLITS, BadInput, augment, batches, build_model, evaluate, load_checkpoint, load_model, load_split,
-                    normalize, one_line_errors, plain, read_metadata, run_state, save_checkpoint, set_seed, start_run,
-                    write_json)
+from common import (SPLITS, BadInput, augment, batches, build_model, check_flags, evaluate, load_checkpoint, load_model,
+                    load_split, normalize, one_line_errors, plain, read_metadata, run_state, save_checkpoint, set_seed,
+                    start_run, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -41,8 +41,9 @@ def parse_args():
     p.add_argument("--data", default="synthetic", help="'synthetic' (built in), a folder or a metadata csv (default %(default)s)")
     p.add_argument("--attributes", nargs=2, default=["Blond_Hair", "Male"], metavar=("Y", "A"),
                    help="CelebA only: label and spurious attribute (default Blond_Hair Male)")
-    p.add_argument("--difficulty", type=float, default=0.35,
-                   help="built-in set only: spread of the birds' shapes within a class, in half distances between the classes (default %(default)s)")
+    p.add_argument("--difficulty", type=float, default=0.2,
+                   help="built-in set only: spread of the birds' shapes within a class, in half distances between the classes "
+                        "(default %(default)s)")
     p.add_argument("--arch", help="resnet10, or any torchvision or timm name (default resnet50; synthetic: resnet10)")
     p.add_argument("--weights", help="initial weights: default (published ImageNet weights; resnet50: IMAGENET1K_V2), none, or a file "
                                      "(default: default; synthetic: none)")
@@ -72,6 +73,7 @@ def main():
     for key, value in DEFAULTS[meta.kind].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    check_flags(args, "epochs", "batch_size", "lr", "size")
     folder = args.run / "erm"
     state = run_state(folder, args)
     if state == "finished":

@@ -154,7 +154,7 @@ def _read_columns(path, wanted):
 
 def _translate(path, values, first, name, words, expected):
     """A column through the dict `words` -> int64 (N,); names the first row that holds anything else."""
-    numbers = [words.get(value.lower()) for value in values]
+    numbers = list(map(words.get, values))
     if None in numbers:
         i = numbers.index(None)
         hint = " (map -1/1 to 0/1)" if values[i] == "-1" else ""
@@ -169,7 +169,7 @@ def _read_table(path):
     words = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
     return (first, files, _translate(path, y, first, "y", numbers, "a class number from 0"),
             _translate(path, a, first, "place (or a)", numbers, "an attribute number from 0"),
-            _translate(path, split, first, "split", words, "0, 1, 2 or train, val, test"))
+            _translate(path, [word.lower() for word in split], first, "split", words, "0, 1, 2 or train, val, test"))
 
 
 def _read_celeba(attribute_file, partition_file, attributes):
@@ -188,9 +188,11 @@ def _read_celeba(attribute_file, partition_file, attributes):
 
 def _metadata(path, first, files, y, a, split, root=None, attributes=("Blond_Hair", "Male")):
     """Checks that need the whole table: names stay inside, classes known, no training group empty."""
-    for number, file in enumerate(files, first):
-        if not file or re.search(r"^[/\\~]|^\w:|(^|[/\\])\.\.([/\\]|$)", file):
-            raise BadInput(f"{path} row {number}: file name {file!r} is empty or leads out of the data folder")
+    listing = "\n".join(files)  # one search through all names: CelebA has 202,599
+    outside = re.search(r"^$|^[/\\~]|^\w:|(^|[/\\])\.\.([/\\]|$)", listing, re.M)
+    if outside:
+        i = listing.count("\n", 0, outside.end())
+        raise BadInput(f"{path} row {i + first}: file name {files[i]!r} is empty or leads out of the data folder")
     for i, name in enumerate(SPLITS):
         if not (split == i).any():
             raise BadInput(f"{path}: no row has split {i} ({name}); all three of train, val, test are needed")
@@ -203,9 +205,11 @@ def _metadata(path, first, files, y, a, split, root=None, attributes=("Blond_Hai
     g = y * n_attributes + a
     counts = [np.bincount(g[split == i], minlength=n_classes * n_attributes).tolist() for i in range(3)]
     kind, names = "other", [f"y={c}, a={b}" for c in range(n_classes) for b in range(n_attributes)]
-    if n_classes == n_attributes == 2 and all(re.search(r"\d{3}\.\w+/\w+_\d+_\d+\.jpg$", f) for f in files):
-        kind, names = "waterbirds", GROUP_NAMES["waterbirds"]  # CUB-200-2011's file names
-    elif n_classes == n_attributes == 2 and all(re.search(r"(^|/)\d{6}\.(jpg|png)$", f) for f in files):
+    def all_named(pattern):
+        return n_classes == n_attributes == 2 and len(re.findall(pattern, listing, re.M)) == len(files)
+    if all_named(r"^(?:.*/)?\d{3}\.\w+/\w+_\d+_\d+\.jpg$"):  # CUB-200-2011's names
+        kind, names = "waterbirds", GROUP_NAMES["waterbirds"]
+    elif all_named(r"^(?:.*/)?\d{6}\.(?:jpg|png)$"):
         kind, names = "celeba", GROUP_NAMES["celeba"]
         if tuple(attributes) != ("Blond_Hair", "Male"):
             names = [f"{attributes[0]}={c}, {attributes[1]}={b}" for c in (0, 1) for b in (0, 1)]
@@ -613,9 +617,10 @@ def atomic(path):
 
 
 def save_checkpoint(path, model, **fields):
-    """Write model state and `fields` (tensors and plain types only, so weights_only loading works)."""
+    """Write model state, its mean and std, and `fields` (tensors and plain types only: weights_only)."""
+    statistics = {name: getattr(model, f"input_{name}").flatten().tolist() for name in ("mean", "std")}
     with atomic(path) as temporary:
-        torch.save({"model": model.state_dict(), **fields}, temporary)
+        torch.save({"model": model.state_dict(), **statistics, **fields}, temporary)
 
 
 def load_checkpoint(path):
@@ -626,8 +631,8 @@ def load_checkpoint(path):
         raise BadInput(f"{path}: no such checkpoint; run train_erm.py first") from error
     except Exception as error:  # noqa: BLE001 - damaged archives raise anything from EOFError to RuntimeError
         raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); is it truncated?") from error
-    if not isinstance(checkpoint, dict) or not {"model", "arch", "n_classes", "size"} <= checkpoint.keys():
-        raise BadInput(f"{path}: not a checkpoint of this project (it lacks model, arch, n_classes or size)")
+    if not isinstance(checkpoint, dict) or not {"model", "arch", "n_classes", "size", "mean", "std"} <= checkpoint.keys():
+        raise BadInput(f"{path}: not a checkpoint of this project (it lacks model, arch, n_classes, size, mean or std)")
     return checkpoint
 
 
@@ -636,6 +641,8 @@ def load_model(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["arch"], checkpoint["n_classes"], checkpoint["size"])
     model.load_state_dict(checkpoint["model"])
+    for name in ("mean", "std"):
+        getattr(model, f"input_{name}").copy_(torch.tensor(checkpoint[name]).view(3, 1, 1))
     return model.to(device).eval(), checkpoint
 
 
@@ -759,7 +766,7 @@ def one_line_errors():
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; the last finished epoch is kept, --resume continues", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; finished epochs are kept and --resume continues", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -134,7 +134,8 @@ def _read_columns(path, wanted):
         first, lines = 1, [["image_id", "partition"], *map(str.split, text)]
     elif path.suffix == ".txt":  # line 1 holds the number of rows, line 2 the names of the 40 attributes
         if text and text[0].strip() != str(len(text) - 2):
-            raise BadInput(f"{path} line 1 announces {text[0][:20]} rows and {max(len(text) - 2, 0)} follow; was it downloaded completely?")
+            raise BadInput(f"{path} line 1 announces {text[0][:20]} rows and {max(len(text) - 2, 0)} follow; "
+                           "was it downloaded completely?")
         first, lines = 3, map(str.split, ["image_id " + text[1], *text[2:]] if len(text) > 1 else [])
     lines = iter(lines)
     header = [cell.strip() for cell in next(lines, [])]
@@ -175,7 +176,8 @@ def _read_table(path):
 def _read_celeba(attribute_file, partition_file, attributes):
     """CelebA's own files joined by file name, never by row order: first row, files, y, a, split."""
     (files, *labels), first = _read_columns(attribute_file, (("image_id",), *((name,) for name in attributes)))
-    y, a = (_translate(attribute_file, values, first, name, {"-1": 0, "1": 1}, "-1 or 1") for values, name in zip(labels, attributes))
+    y, a = (_translate(attribute_file, values, first, name, {"-1": 0, "1": 1}, "-1 or 1")
+            for values, name in zip(labels, attributes))
     (names, split), start = _read_columns(partition_file, (("image_id",), ("partition",)))
     split = _translate(partition_file, split, start, "partition", {"0": 0, "1": 1, "2": 2}, "0, 1 or 2")
     split_of = dict(zip(names, split))
@@ -551,7 +553,8 @@ def build_model(arch, n_classes, size, weights="none"):
         with torch.inference_mode():
             shape = tuple(model.eval()(torch.zeros(2, 3, size, size)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise BadInput(f"--arch {arch} does not take {size} x {size} images ({str(error).splitlines()[0]}); change --size") from error
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--arch {arch} does not take {size} x {size} images ({reason}); change --size") from error
     assert shape == (2, n_classes), f"{arch} returns {shape}, expected logits (2, {n_classes})"
     return model
 
@@ -731,8 +734,8 @@ def run_state(folder, args):
     changed = [key for key in now if key not in NOT_SETTINGS and before.get(key) != now[key]]
     extends = args.resume and changed == ["epochs"] and now["epochs"] > before["epochs"]
     if changed and not extends:
-        raise BadInput(f"{folder} holds a run with other settings ({', '.join(f'{k} {before.get(k)}, now {now[k]}' for k in changed[:4])}); "
-                       "use --overwrite or another --run")
+        differences = ", ".join(f"{key} {before.get(key)}, now {now[key]}" for key in changed[:4])
+        raise BadInput(f"{folder} holds a run with other settings ({differences}); use --overwrite or another --run")
     if (folder / "results.json").exists() and not extends:
         return "finished"
     if not args.resume:

@@ -45,23 +45,27 @@ def parse_args():
                    help="built-in set only: spread of the birds' shapes within a class, in half distances between the classes "
                         "(default %(default)s)")
     p.add_argument("--arch", help="resnet10, or any torchvision or timm name (default resnet50; synthetic: resnet10)")
-    p.add_argument("--weights", help="initial weights: default (published ImageNet weights; resnet50: IMAGENET1K_V2), none, or a file "
-                                     "(default: default; synthetic: none)")
+    p.add_argument("--weights", help="initial weights: 'default' (published ImageNet weights; resnet50: IMAGENET1K_V2), "
+                                     "'none', or a file (default 'default'; synthetic: 'none')")
     p.add_argument("--size", type=int, help="side of the network's input in pixels (default 224; synthetic: 48)")
     p.add_argument("--epochs", type=int, help="passes over the training images (default 100; synthetic: 20)")
     p.add_argument("--batch-size", type=int, help="images per step (default 256; synthetic: 128)")
     p.add_argument("--lr", type=float, help="learning rate of Adam (default 1e-4; synthetic: 1e-3)")
     p.add_argument("--augment", choices=["table1", "crop-flip", "none"],
-                   help="table1: the paper's Table 1; crop-flip: what its released code does (default table1; synthetic: crop-flip)")
+                   help="table1: the paper's Table 1; crop-flip: what its released code does (default table1; "
+                        "synthetic: crop-flip)")
     p.add_argument("--head", choices=["linear", "softmax"], default="linear",
-                   help="softmax: cross entropy of softmax outputs, as in the released code; the paper's text means linear, the default")
+                   help="linear: cross entropy of logits, as in the paper; softmax: of softmax outputs, as in its released "
+                        "code (default %(default)s)")
     p.add_argument("--select", choices=["val-wga", "val-mean", "last"], default="val-wga",
                    help="best.pt is the epoch with the highest validation worst-group accuracy (the paper; first of equals), the "
                         "highest validation mean, or the last (default %(default)s)")
-    p.add_argument("--keep-epochs", type=int, nargs="*", help="keep epoch_NNN.pt after so many epochs (default 30 40 50 60; synthetic: 5 10 15 20)")
+    p.add_argument("--keep-epochs", type=int, nargs="*", help="keep epoch_NNN.pt after so many epochs (default 30 40 50 60; "
+                                                              "synthetic: 5 10 15 20)")
     p.add_argument("--seed", type=int, default=0, help="of initial head, order and augmentation (default %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    p.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept, for all stages and seeds (default %(default)s)")
+    p.add_argument("--cache", type=Path, default="runs/cache",
+                   help="where decoded images are kept, for all stages and seeds (default %(default)s)")
     p.add_argument("--resume", action="store_true", help="continue from RUN/erm/last.pt if it exists; may raise --epochs")
     p.add_argument("--overwrite", action="store_true", help="throw away what RUN/erm holds")
     return p.parse_args()
@@ -88,9 +92,9 @@ def main():
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
     start_run(folder, args, state)
-    describe = {"arch": args.arch, "n_classes": meta.n_classes, "size": args.size, "head": args.head, "args": plain(args), "data": {
-        "data": args.data if meta.kind == "synthetic" else str(Path(args.data).resolve()),
-        "attributes": args.attributes, "difficulty": args.difficulty}}
+    describe = {"arch": args.arch, "n_classes": meta.n_classes, "size": args.size, "head": args.head, "args": plain(args),
+                "data": {"data": args.data if meta.kind == "synthetic" else str(Path(args.data).resolve()),
+                         "attributes": args.attributes, "difficulty": args.difficulty}}
     log, best = [], {"epoch": 0, "score": -1.0}
     if state == "unfinished":
         last = load_checkpoint(folder / "last.pt")
@@ -131,15 +135,17 @@ def main():
             save_checkpoint(folder / f"epoch_{epoch:03d}.pt", model, **fields)
         log.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": round(time.time() - started, 2), **reports})
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-        save_checkpoint(folder / "last.pt", model, **fields, best=best, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                        rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [])
+        save_checkpoint(folder / "last.pt", model, **fields, best=best, optimizer=optimizer.state_dict(),
+                        scheduler=scheduler.state_dict(), rng=torch.get_rng_state(),
+                        cuda_rng=torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [])
         print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the selected epoch, and for the last one
     results = {"stage": "erm", "select": args.select, "epochs": args.epochs, "selected_epoch": best["epoch"]}
     for key, name in (("splits", "best.pt"), ("last", "last.pt")):
         model, checkpoint = load_model(folder / name, args.device)
-        results[key] = {**checkpoint["metrics"], "test": evaluate(model, splits["test"], args.size, args.device, args.batch_size)}
+        test = evaluate(model, splits["test"], args.size, args.device, args.batch_size)
+        results[key] = {**checkpoint["metrics"], "test": test}
     write_json(folder / "results.json", results)
     plot_groups(results, folder / "fig01_group_accuracy.png")
     plot_curves(log, best["epoch"], folder / "curves.png")
@@ -151,17 +157,21 @@ def print_epoch(row, epochs):
     """One line: loss and group accuracies in percent, the minority groups starred."""
     def accuracies(report):
         return " ".join(f"{100 * g['acc']:5.1f}{'*' if g['minority'] else ''}" for g in report["groups"] if g["n"])
+    val = row["val"]
     print(f"epoch {row['epoch']}/{epochs} loss {row['loss']:.4f} lr {row['lr']:.1e} train {accuracies(row['train'])} "
-          f"val {accuracies(row['val'])} worst {100 * row['val']['acc_worst']:.1f} (group {row['val']['worst_group']}) {row['seconds']:.0f} s", flush=True)
+          f"val {accuracies(val)} worst {100 * val['acc_worst']:.1f} (group {val['worst_group']}) {row['seconds']:.0f} s", flush=True)
 
 
 def print_table(results, groups):
     """Group accuracies at the selected epoch; the worst group of each split carries a '<'."""
-    print(f"\nselected epoch {results['selected_epoch']} of {results['epochs']} ({results['select']}); accuracy in %, * minority, < worst group")
+    print(f"\nselected epoch {results['selected_epoch']} of {results['epochs']} ({results['select']}); accuracy in %, "
+          "* minority, < worst group")
     print(f"{'group':32s} {'train n':>8s} {'train':>8s} {'val':>8s} {'test':>8s}")
     reports = [results["splits"][name] for name in SPLITS]
     for j, group in enumerate(groups):
-        cells = [f"{100 * r['groups'][j]['acc']:7.1f}{'<' if r['worst_group'] == j else ' '}" if r["groups"][j]["n"] else f"{'-':>7s} " for r in reports]
+        rows = [report["groups"][j] for report in reports]
+        cells = [f"{100 * row['acc']:7.1f}{' <'[report['worst_group'] == j]}" if row["n"] else "      - "
+                 for row, report in zip(rows, reports)]
         print(f"{j} {group['name'] + ('*' if group['minority'] else ''):30s} {group['train_n']:8d} {' '.join(cells)}")
     for name, key in (("worst group", "acc_worst"), ("mean", "acc_mean"), ("mean, groups in training mix", "acc_mean_train_mix")):
         print(f"{name:32s} {'':8s} {' '.join(f'{100 * r[key]:7.1f} ' for r in reports)}")
@@ -172,11 +182,14 @@ def plot_groups(results, path):
     train, test = (results["splits"][name]["groups"] for name in ("train", "test"))
     names = [f"G{g['group']}{'*' if g['minority'] else ''}\n{g['name']}\nn = {g['n']}" for g in train]
     fig, ax = plt.subplots(figsize=(2 + 1.3 * len(train), 3.6), layout="constrained")
-    for offset, rows, label, style in ((-0.2, train, "training", {"color": "0.75"}), (0.2, test, "test", {"color": "0.35", "hatch": "///"})):
-        bars = ax.bar([j + offset for j in range(len(rows))], [100 * (g["acc"] or 0) for g in rows], 0.4, label=label, edgecolor="white", **style)
+    for offset, rows, style in ((-0.2, train, {"label": "training", "color": "0.75"}),
+                                (0.2, test, {"label": "test", "color": "0.35", "hatch": "///"})):
+        heights = [100 * (g["acc"] or 0) for g in rows]
+        bars = ax.bar([j + offset for j in range(len(rows))], heights, 0.4, edgecolor="white", **style)
         ax.bar_label(bars, [f"{100 * g['acc']:.1f}" if g["n"] else "no image" for g in rows], fontsize=8)
     ax.set_xticks(range(len(names)), names, fontsize=8)
-    ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20), title=f"Group accuracy, ERM, epoch {results['selected_epoch']} (* minority)")
+    ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20),
+           title=f"Group accuracy, ERM, epoch {results['selected_epoch']} (* minority)")
     ax.legend(loc="upper center", ncols=2, fontsize=8)
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -189,7 +202,8 @@ def plot_curves(log, selected, path):
     fig, axes = plt.subplots(1, len(groups) + 1, figsize=(2.7 * (len(groups) + 1), 2.6), layout="constrained")
     for j, (ax, group) in enumerate(zip(axes, groups)):
         for name, style in (("train", {"color": "0.6", "ls": "-"}), ("val", {"color": "0.0", "ls": "--"})):
-            ax.plot(epochs, [100 * row[name]["groups"][j]["acc"] if row[name]["groups"][j]["n"] else math.nan for row in log], label=name, **style)
+            accuracy = [row[name]["groups"][j]["acc"] for row in log]
+            ax.plot(epochs, [math.nan if acc is None else 100 * acc for acc in accuracy], label=name, **style)
         ax.set(title=f"G{j}{'*' if group['minority'] else ''} {group['name']}", ylim=(-3, 103), xlabel="epoch")
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="lower right", fontsize=8)

@@ -7,6 +7,7 @@ Paper: "Uncovering Memorization Effect in the Presence of Spurious Correlations"
 
 import contextlib
 import csv
+import glob
 import hashlib
 import json
 import math
@@ -773,18 +774,22 @@ def one_line_errors():
         raise SystemExit(130) from None
 
 
-def summarize(pattern):
-    """Mean, sample standard deviation and n over finished runs, of the test split at the selected epoch.
-    pattern: of stage folders, such as 'runs/wb*/erm'. Prints a table, returns {name: (mean, std, n)}."""
-    results = [json.loads(path.read_text()) for path in sorted(Path().glob(f"{pattern}/results.json"))]
+def summarize(pattern, split="test"):
+    """Mean, sample standard deviation and n over finished runs, of a split at the selected epoch. pattern:
+    of stage folders, such as 'runs/wb*/erm'. Prints a table, returns {name: (mean, std, n)}."""
+    results = [json.loads(Path(path).read_text()) for path in sorted(glob.glob(f"{pattern}/results.json"))]
     if not results:
         raise BadInput(f"{pattern}: no results.json in any such folder")
-    tests = [result["splits"]["test"] for result in results]
-    rows = {"worst group": [t["acc_worst"] for t in tests], "mean": [t["acc_mean"] for t in tests],
-            "mean, training mix": [t["acc_mean_train_mix"] for t in tests]}
-    for j, group in enumerate(tests[0]["groups"]):
-        rows[f"{j} {group['name']}{'*' if group['minority'] else ''}"] = [t["groups"][j]["acc"] for t in tests]
-    summary = {name: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v)) for name, v in rows.items()}
+    reports = [result["splits"][split] for result in results]
+    rows = {"worst group": [r["acc_worst"] for r in reports], "mean": [r["acc_mean"] for r in reports],
+            "mean, training mix": [r["acc_mean_train_mix"] for r in reports]}
+    for j, group in enumerate(reports[0]["groups"]):
+        rows[f"{j} {group['name']}{'*' if group['minority'] else ''}"] = [r["groups"][j]["acc"] for r in reports]
+    summary = {}
+    for name, values in rows.items():
+        values = [value for value in values if value is not None]  # a group without images has no accuracy
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        summary[name] = (float(np.mean(values)) if values else math.nan, spread, len(values))
     for name, (mean, std, n) in summary.items():
         print(f"{name:32s} {100 * mean:6.2f} +- {100 * std:5.2f} %  (n = {n})")
     return summary

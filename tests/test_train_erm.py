@@ -181,6 +181,8 @@ def test_summarize(finished, birds, capsys, monkeypatch):
     mean = sum(values) / 2
     assert summary["worst group"] == pytest.approx((mean, (sum((v - mean) ** 2 for v in values)) ** 0.5, 2))
     assert "(n = 2)" in capsys.readouterr().out
+    one = summarize(f"{birds}/run/erm", "train")
+    assert one["worst group"][0] == read(birds / "run")["splits"]["train"]["acc_worst"] and one["worst group"][2] == 1
     with pytest.raises(BadInput, match="no results.json"):
         summarize("nothing*/erm")
 

@@ -634,7 +634,10 @@ def load_model(path, device="cpu"):
     """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["arch"], checkpoint["n_classes"], checkpoint["size"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise BadInput(f"{path}: its weights are not those of a {checkpoint['arch']} ({str(error).splitlines()[-1].strip()[:120]})") from error
     return model.to(device).eval(), checkpoint
 
 
@@ -1011,16 +1014,32 @@ def start_run(folder, args, state):
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()})
 
 
+def reopen(path, data=None, cache="runs/cache", device="cpu", names=("train", "test")):
+    """What a later stage starts from: the model of a checkpoint (eval mode), the checkpoint, and the splits `names`
+    of its data, or of `data` where they have moved. Raises BadInput if these are not the groups trained on."""
+    model, checkpoint = load_model(path, device)
+    if not {"data", "metrics"} <= checkpoint.keys():
+        raise BadInput(f"{path}: not a checkpoint of a training stage (it lacks data or metrics)")
+    source = checkpoint["data"]
+    meta = read_metadata(data or source["data"], source["attributes"])
+    then = [(row["name"], row["n"]) for row in checkpoint["metrics"]["train"]["groups"]]
+    now = [(group["name"], group["train_n"]) for group in meta.groups]
+    if meta.n_classes != checkpoint["n_classes"] or now != then:
+        raise BadInput(f"{data or source['data']} is not what {path} was trained on: training images per group are "
+                       f"{', '.join(f'{name} {n}' for name, n in now[:8])}; in training {', '.join(f'{name} {n}' for name, n in then[:8])}")
+    return model, checkpoint, {name: load_split(meta, name, checkpoint["size"], cache, source["difficulty"]) for name in names}
+
+
 @contextlib.contextmanager
-def one_line_errors():
-    """Around a script's main(): BadInput becomes one line on stderr and exit code 2."""
+def one_line_errors(interrupted="the last finished epoch is kept, --resume continues"):
+    """Around a script's main(): BadInput becomes one line on stderr and exit code 2; interrupted: what Ctrl-C leaves."""
     try:
         yield
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; the last finished epoch is kept, --resume continues", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -29,7 +29,7 @@ from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, atomic, gr
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
 
-DEFAULTS = {"synthetic": dict(max_per_group=100), "other": dict(max_per_group=None)}  # by kind of data
+DEFAULTS = {"synthetic": dict(max_per_group=50), "other": dict(max_per_group=None)}  # by kind of data
 COLUMNS = ("criterion", "modification", "sigma", "k", "repeat", "selected_by", "split", "group", "n", "correct_before",
            "correct_after", "to_wrong", "to_right")
 
@@ -56,7 +56,7 @@ def parse_args():
     p.add_argument("--controls", type=int, default=50, help="random neuron sets of each kind, 0 or at least 19 (default %(default)s)")
     p.add_argument("--control-k", type=int, default=3, help="neurons in each of them, one of --top-k (default %(default)s)")
     p.add_argument("--max-per-group", type=int,
-                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 100)")
+                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 50)")
     p.add_argument("--seed", type=int, default=0, help="of samples, noise and random neurons (default %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     p.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")
@@ -329,7 +329,7 @@ def plot_changes(rows, groups, args, how, sigmas, path):
             spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in found]
             x = np.arange(len(groups)) + 0.8 * (n + 0.5) / (len(args.random_top_k) + (how == "zero")) - 0.4
             ax.bar(x, [np.mean(values) for values in found], 0.76 / (len(args.random_top_k) + (how == "zero")), label=f"top {k}",
-                   color=plt.cm.Greys(0.3 + 0.6 * n / max(len(args.random_top_k) - 1, 1)), edgecolor="black", lw=0.5,
+                   color=plt.cm.Greys(0.2 + 0.5 * n / max(len(args.random_top_k) - 1, 1)), edgecolor="black", lw=0.5,
                    yerr=spread if any(spread) else None, error_kw={"lw": 0.8, "capsize": 2})
         null = [[change(row) for row in pick(rows, criterion="random", selected_by="all layers", group=g["group"])] for g in groups]
         for j, values in enumerate(null if how == "zero" else []):
@@ -338,7 +338,7 @@ def plot_changes(rows, groups, args, how, sigmas, path):
                 ax.errorbar(j + 0.3, np.mean(values), [[np.mean(values) - low], [high - np.mean(values)]], fmt="D", color="black", mfc="white", ms=4,
                             capsize=3, label=f"random {args.control_k}, mean and 95 % range" if j == [bool(v) for v in null].index(True) else None)
         ax.axhline(0, color="black", lw=0.6)
-        ax.set_xticks(range(len(groups)), [f"{title(g)}\n{g['name']}" for g in groups], fontsize=7)
+        ax.set_xticks(range(len(groups)), [f"{title(g)}\n{g['name'].replace(' on ', chr(10) + 'on ')}" for g in groups], fontsize=7)
         ax.set_title(f"{criterion}{f', sigma = {sigma}' if sigma else ''}", fontsize=10)
         ax.grid(axis="y", color="0.9")
         ax.set_axisbelow(True)
@@ -367,7 +367,7 @@ def plot_layers(table, groups, layers, path, listed, total):
     """Figure 8: in which layers the critical neurons lie, a row per selection set, layers in network order."""
     sets = [("gradient", g["group"], f"gradient {title(g)}") for g in groups] + [("magnitude", "all", "magnitude")]
     counts = np.array([[sum(row["layer"] == layer for row in pick(table, criterion=c, selected_by=by)) for layer in layers] for c, by, _ in sets])
-    fig, ax = plt.subplots(figsize=(3 + 0.2 * len(layers), 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(4.5 + 0.2 * len(layers), 3.6), layout="constrained")
     image = ax.imshow(counts, cmap="Greys", aspect="auto", vmin=0)
     for i, j in zip(*counts.nonzero()):
         ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color="white" if counts[i, j] > counts.max() / 2 else "black")

@@ -23,7 +23,7 @@ from common import (BadInput, Variant, accuracy_under, atomic, gradient_scores, 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
 
-DEFAULTS = {"synthetic": dict(max_per_group=200), "other": dict(max_per_group=None)}  # by kind of data
+DEFAULTS = {"synthetic": dict(max_per_group=100), "other": dict(max_per_group=None)}  # by kind of data
 CRITERIA = ("gradient", "magnitude")
 THIRDS = ("first", "middle", "last")
 
@@ -40,7 +40,7 @@ def parse_args():
     p.add_argument("--split", choices=["train", "test"], default="train",
                    help="images whose accuracy is measured; neurons come from training images in any case (default %(default)s)")
     p.add_argument("--max-per-group", type=int,
-                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 200)")
+                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 100)")
     p.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     p.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")

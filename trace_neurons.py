@@ -29,7 +29,7 @@ from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, atomic, gr
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
 
-DEFAULTS = {"synthetic": dict(max_per_group=50), "other": dict(max_per_group=None)}  # by kind of data
+DEFAULTS = {"synthetic": dict(max_per_group=40), "other": dict(max_per_group=None)}  # by kind of data
 COLUMNS = ("criterion", "modification", "sigma", "k", "repeat", "selected_by", "split", "group", "n", "correct_before",
            "correct_after", "to_wrong", "to_right")
 
@@ -53,10 +53,10 @@ def parse_args():
     p.add_argument("--repeats", type=int, default=10, help="draws of each random modification (default %(default)s)")
     p.add_argument("--all-groups", action="store_true",
                    help="random modifications under every I_j on all groups, 4 times the work (default: on group j; zeroing is always on all)")
-    p.add_argument("--controls", type=int, default=50, help="random neuron sets of each kind, 0 or at least 19 (default %(default)s)")
+    p.add_argument("--controls", type=int, default=40, help="random neuron sets of each kind, 0 or at least 19 (default %(default)s)")
     p.add_argument("--control-k", type=int, default=3, help="neurons in each of them, one of --top-k (default %(default)s)")
     p.add_argument("--max-per-group", type=int,
-                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 50)")
+                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 40)")
     p.add_argument("--seed", type=int, default=0, help="of samples, noise and random neurons (default %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     p.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")

@@ -228,21 +228,21 @@ def matrix(rows, criterion, split, k, groups):
              for g in groups] for by in sets]
 
 
-def percentile(values, scores):
-    """Place of values (m,) among all scores (M,): 0 the smallest, 100 the largest, equals in the middle."""
-    ordered = scores.sort().values
+def percentile(values, ordered):
+    """Place of values (m,) among all scores, given in ascending order (M,): 0 the smallest, 100 the largest, equals in
+    the middle of their places."""
     below, up_to = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
-    return 50 * (below + up_to - 1).double() / max(len(scores) - 1, 1)
+    return 50 * (below + up_to - 1).double() / max(len(ordered) - 1, 1)
 
 
 def neuron_table(ranked, scores):
     """Rows of neurons.csv. Percentiles are among all neurons of the network; the gradient's is that of the set's own
     group, for the magnitude's set the highest over the groups."""
-    flat = {key: torch.cat([values.cpu() for values in layers.values()]) for key, layers in scores.items()}
+    ordered = {key: torch.cat([values.cpu() for values in layers.values()]).sort().values for key, layers in scores.items()}
     rows = []
     for (criterion, by), neurons in ranked.items():
         at = {key: torch.stack([scores[key][layer][i] for layer, i in neurons]).cpu() for key in scores}
-        places = {key: percentile(at[key], flat[key]) for key in scores if key[0] == "magnitude" or by in ("all", key[1])}
+        places = {key: percentile(at[key], ordered[key]) for key in scores if key[0] == "magnitude" or by in ("all", key[1])}
         gradient = torch.stack([place for key, place in places.items() if key[0] == "gradient"]).amax(0)
         for rank, (layer, i) in enumerate(neurons):
             rows.append({"criterion": criterion, "selected_by": by, "rank": rank + 1, "layer": layer, "index": i,

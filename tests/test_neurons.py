@@ -10,7 +10,7 @@ from common import (BadInput, Split, Variant, accuracy_under, build_model, cente
                     top_neurons, worst_images)
 
 SMALL = [("resnet10", 32), ("squeezenet1_1", 64), ("mobilenet_v3_small", 64), ("convnext_atto", 64), ("vit_tiny_patch16_224", 32),
-         ("densenet121", 32), ("vit_b_16", 224)]
+         ("densenet121", 32)]
 
 
 def network(arch="resnet10", size=32, seed=0):
@@ -147,10 +147,11 @@ def test_random_modifications():
 def test_engine_equals_full_forward(arch, size):
     model = network(arch, size)
     unit = "weight" if is_transformer(model) else "channel"
-    variants = [Variant([(layer, 0), (layer, 1)], "random-init", 2.0, seed=1) for layer in list(prunable_layers(model))[::3]]
+    layers = list(prunable_layers(model))
+    variants = [Variant([(layer, 0), (layer, 1)], "random-init", 2.0, seed=1) for layer in layers[::len(layers) // 6]]
     x = torch.randn(2, 3, size, size)
     chain = stages(model, x[:1])
-    assert chain[0] and max(chain[1].values()) == len(chain[0])  # there are cuts, and one lies in front of the last layers
+    assert len(chain[0]) > 3 and max(chain[1].values()) == len(chain[0])  # there are cuts, and one lies in front of the last layers
     before = snapshot(model)
     with torch.inference_mode():
         fast = dict(logits_under(model, x, variants, unit, chain))

@@ -121,7 +121,7 @@ def test_verdict_says_yes_and_no():
 
 def test_changes_are_signed_and_percentiles_ascend():
     assert trace_neurons.change({"correct_before": 88, "correct_after": 66, "n": 184}) == pytest.approx(-11.9565, abs=1e-4)  # the paper's 11.96
-    found = trace_neurons.percentile(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]))
+    found = trace_neurons.percentile(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert found.tolist() == [0, 50, 100]
     heat = np.array([[0.0, 0, 0], [-10, 0, 5], [0, -5, 0]])
     summary = structured_trace.summarize_layers(heat, ["a", "b", "c"], describe_groups(NAMES[:3], (90, 10, 50), 3))
@@ -162,7 +162,7 @@ def call(script, root, *arguments):
 def test_trace_script_twice(run):
     outputs = []
     for _ in range(2):
-        done = call("trace_neurons", run, "--run", run / "run", "--repeats", 2, "--controls", 19)
+        done = call("trace_neurons", run, "--run", run / "run", "--repeats", 2, "--controls", 19, "--sigma", 0.01)
         assert done.returncode == 0, done.stderr
         folder = run / "run/trace"
         outputs.append([(folder / name).read_bytes() for name in ("neurons.csv", "accuracy.csv")])

@@ -66,7 +66,7 @@ def main():
     top = [Variant(top_neurons(scores, k), how, 0.01 if how != "zero" else 0) for k in (1, 2, 3, 5, 10) for how in ("zero", "random-init", "random-noise")]
     ratio("unstructured, ResNet-50, by magnitude", model, x, top, args.repeats)
     ratio("unstructured, ResNet-50, single neurons at random", model, x, drawn, args.repeats)
-    peaks = {what: float(subprocess.run([sys.executable, "-m", "tests.bench_trace", "--memory", what], capture_output=True, text=True, check=True).stdout)
+    peaks = {what: float(subprocess.run([sys.executable, "-m", "tests.bench_trace", "--memory", what], capture_output=True, text=True, check=True).stdout.split()[-1])
              for what in ("pass", "trace")}
     print(f"peak memory, ResNet-50, 32 images: one pass {peaks['pass']:.0f} MB, trace {peaks['trace']:.0f} MB, ratio {peaks['trace'] / peaks['pass']:.2f}")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import structured_trace
 import trace_neurons
 from common import BadInput, Split, build_model, describe_groups, read_metadata, save_checkpoint
 
+torch.set_num_threads(1)  # the networks are too small to gain from more, and lose much where cores are shared
 ROOT = Path(__file__).parents[1]
 COUNTS = (24, 9, 8, 24)
 NAMES = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
@@ -156,7 +158,7 @@ def checkpoint(root, path, arch="resnet10", size=32):
 
 def call(script, root, *arguments):
     return subprocess.run([sys.executable, ROOT / f"{script}.py", "--cache", root / "cache", *map(str, arguments)], capture_output=True, text=True,
-                          cwd=root, check=False)
+                          cwd=root, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_trace_script_twice(run):

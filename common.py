@@ -1,4 +1,4 @@
-"""What the scripts share: data, models and checkpoints, evaluation, runs.
+"""What the scripts share: data, models and checkpoints, evaluation, neurons, runs.
 
 Plain functions on tensors, in the order in which data flows. Nothing runs at import and there is no
 global state, so a function taken together with this one file survives being copied elsewhere.
@@ -644,7 +644,11 @@ def load_model(path, device="cpu"):
     """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["arch"], checkpoint["n_classes"], checkpoint["size"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:120]
+        raise BadInput(f"{path}: its weights are not those of a {checkpoint['arch']} ({reason})") from error
     for name in ("mean", "std"):
         getattr(model, f"input_{name}").copy_(torch.tensor(checkpoint[name]).view(3, 1, 1))
     return model.to(device).eval(), checkpoint
@@ -688,6 +692,279 @@ def group_report(predicted, y, g, groups):
 def evaluate(model, split, size, device="cpu", batch_size=256):
     """group_report of a model on a split."""
     return group_report(predict(model, split, size, device, batch_size).argmax(1), split.y, split.g, split.groups)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Neurons and masks
+# ------------------------------------------------------------------------------------------------
+
+# A neuron is a pair (layer, index). Unit 'channel': an output filter of a convolution, or an output row
+# of a linear layer, with all its weights; unit 'weight': one weight, by its place in the flattened layer.
+# Zeroing a filter in front of BatchNorm makes its channel the constant beta - gamma * mean / std, not 0.
+MODIFICATIONS = ("zero", "random-init", "random-noise")
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
+@dataclass
+class Variant:
+    """A modified model: which neurons, how (see `modified`), and the groups it is evaluated on (default all)."""
+
+    neurons: list
+    how: str = "zero"
+    sigma: float = 0.0
+    seed: int = 0
+    groups: tuple = None
+
+
+def is_transformer(model):
+    """Whether any module attends: torch's own attention, or one with a `qkv` projection."""
+    return any(isinstance(m, torch.nn.MultiheadAttention) or hasattr(m, "qkv") for m in model.modules())
+
+
+def prunable_layers(model):
+    """The weights that hold neurons, {layer: parameter} in network order: of every convolution, downsampling
+    included; in a transformer of every linear layer instead (qkv, proj, fc1, fc2; torchvision keeps qkv as
+    ...in_proj_weight, which is listed by that name). The classifier head, which may itself be a convolution,
+    and normalisation layers never. What a convolutional network computes with linear layers (VGG, ConvNeXt)
+    is left out, as the paper's neurons are convolutional channels."""
+    kind, layers, last = torch.nn.Linear if is_transformer(model) else CONVOLUTIONS, {}, None
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
+            layers[f"{name}.in_proj_weight"] = module.in_proj_weight
+        if isinstance(module, kind):
+            layers[name] = module.weight
+        last = name if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS)) else last
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or last  # timm names it
+    return {name: weight for name, weight in layers.items() if name not in ([heads] if isinstance(heads, str) else heads)}
+
+
+def _norms(tensor, unit):
+    """l2 norm of each neuron's part of a layer's weight or gradient, (n,)."""
+    return tensor.detach().flatten(1).norm(dim=1) if unit == "channel" else tensor.detach().abs().flatten()
+
+
+def magnitude_scores(model, unit="channel"):
+    """||z_i||_2 of section 2.1.1, {layer: (n,)}: the same for every group."""
+    return {name: _norms(weight, unit) for name, weight in prunable_layers(model).items()}
+
+
+def gradient_scores(model, split, index, size, unit="channel", device="cpu", batch_size=128):
+    """||v(i, j)||_2 of section 2.1.1, {layer: (n,)}: l2 norm of the gradient of the mean cross entropy of the
+    logits over the images `index` of a split with respect to each neuron. In eval mode and without
+    augmentation; leaves no .grad and the mode as it was."""
+    layers, training = prunable_layers(model), model.training
+    total = {name: torch.zeros_like(weight) for name, weight in layers.items()}
+    model.eval()
+    try:
+        with torch.enable_grad():
+            for part, images in batches(split, batch_size, index, device):
+                logits = model(normalize(center(images, size), model))
+                loss = F.cross_entropy(logits, split.y[part].to(device), reduction="sum") / len(index)
+                for name, v in zip(layers, torch.autograd.grad(loss, layers.values(), allow_unused=True)):
+                    total[name] += 0 if v is None else v  # None: an auxiliary branch that eval mode skips
+    finally:
+        model.train(training)
+    return {name: _norms(v, unit) for name, v in total.items()}
+
+
+def worst_images(logits, y, index, generator, highest=256, draw=128):
+    """`draw` images at random of the `highest` with the largest cross entropy among `index` (section 4.1,
+    2.2.1); all arguments over one split: logits (N, C), y (N,), index (n,)."""
+    loss = F.cross_entropy(logits[index], y[index], reduction="none")
+    worst = index[loss.topk(min(highest, len(index))).indices]
+    return worst[torch.randperm(len(worst), generator=generator)[:draw]]
+
+
+def top_neurons(scores, k):
+    """The k neurons with the LARGEST scores over all layers given, largest first; of equals, the one in the
+    earlier layer and then of the lower index. Raises BadInput if there are fewer than k."""
+    flat, sizes = torch.cat(list(scores.values())), [len(values) for values in scores.values()]
+    if not 1 <= k <= len(flat):
+        raise BadInput(f"top {k} of {len(flat)} neurons: k must be 1 to {len(flat)}")
+    enough = (flat >= flat.topk(k).values[-1]).nonzero()[:, 0]
+    best = enough[flat[enough].sort(descending=True, stable=True).indices[:k]]
+    return locate(best.tolist(), dict(zip(scores, sizes)))
+
+
+def locate(positions, sizes):
+    """Positions in the concatenation of layers of so many neurons, {layer: n} -> list of (layer, index)."""
+    names, starts = list(sizes), np.cumsum([0, *sizes.values()])
+    layers = np.searchsorted(starts, positions, side="right") - 1
+    return [(names[layer], int(position - starts[layer])) for layer, position in zip(layers, positions)]
+
+
+def _view(weight, index, unit):
+    return weight.detach()[index if unit == "channel" else np.unravel_index(index, weight.shape)]
+
+
+def neuron_masks(model, neurons, unit="channel"):
+    """The mask m of section 2.1.1, {parameter name: weight-shaped tensor of 0 and 1}, 0 at `neurons`; only
+    parameters that hold one of them are in it."""
+    layers, names = prunable_layers(model), {id(p): name for name, p in model.named_parameters()}
+    masks = {layer: torch.ones_like(layers[layer]) for layer, _ in neurons}
+    for layer, index in neurons:
+        _view(masks[layer], index, unit).zero_()
+    return {names[id(layers[layer])]: mask.detach() for layer, mask in masks.items()}
+
+
+@contextlib.contextmanager
+def modified(model, neurons, how="zero", sigma=0.0, seed=0, unit="channel"):
+    """Inside the `with`, neurons are zero, epsilon (random-init) or their weights + epsilon (random-noise),
+    epsilon ~ N(0, sigma^2) drawn on the CPU in the order of `neurons`; after it the weights are what they
+    were, bit for bit, whatever happened inside. Biases stay. Raises BadInput if it would do nothing new."""
+    if how not in MODIFICATIONS or (how != "zero" and not sigma > 0):
+        raise BadInput(f"modification {how} with sigma {sigma}: expected one of {', '.join(MODIFICATIONS)}, the random ones with sigma > 0")
+    layers, generator = prunable_layers(model), torch.Generator().manual_seed(seed)
+    places = [_view(layers[layer], index, unit) for layer, index in neurons]
+    before = [place.clone() for place in places]
+    try:
+        for place in places:
+            epsilon = 0 if how == "zero" else sigma * torch.randn(place.shape, generator=generator).to(place.device)
+            place.copy_(place + epsilon if how == "random-noise" else torch.zeros_like(place) + epsilon)
+        yield
+    finally:
+        for place, value in zip(places, before):
+            place.copy_(value)
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the module that it was to reach."""
+
+
+@contextlib.contextmanager
+def _replaced(outputs):
+    """Inside the `with`, modules return outputs[module] without running."""
+    for module, out in outputs.items():
+        module.forward = lambda *_, out=out, **__: out
+    try:
+        yield
+    finally:
+        for module in outputs:
+            del module.forward
+
+
+def _run_to(model, x, done, kept):
+    """Run on from `kept` until the last module of `done` has its output. Returns {module: output} of `done`, of
+    which only the last is real: the others are NaN of the same shape, without memory of their own."""
+    def blank(out):
+        return out.new_full((1,) * out.dim(), math.nan).expand(out.shape)
+    found = {module: blank(out) for module, out in kept.items()}
+    def keep(module, _, out):
+        if module is done[-1]:
+            found[module] = out
+            raise _Reached
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            found[module] = blank(out)
+    hooks = [module.register_forward_hook(keep) for module in done if module not in kept]
+    try:
+        with _replaced(kept), contextlib.suppress(_Reached):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {module: found[module] for module in done if module in found}
+
+
+def stages(model, x):
+    """Where the forward pass of images x (B, 3, H, W) can be cut, so that what follows needs nothing of what came
+    before but one tensor: stem, blocks, head. Returns cuts, a list in network order of the modules finished by
+    then (the last one's output is that tensor), and {layer: how many cuts lie before it}. Works for any network:
+    in front of every prunable layer modules of sequences are tried, with NaN for whatever else was computed; where
+    the logits stay the same bit for bit and nothing overwrites the tensor (in-place activations), there is a cut."""
+    begin, end, calls, clock = {}, {}, {}, iter(range(10 ** 9))
+    def enter(module, _):
+        begin.setdefault(module, next(clock))
+        calls[module] = calls.get(module, 0) + 1
+    def leave(module, _, out):
+        end[module] = next(clock) if isinstance(out, torch.Tensor) else math.inf
+    hooks = [hook for m in model.modules() for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    with torch.inference_mode():
+        try:
+            model(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        starts, modules = {}, dict(model.named_modules())
+        for layer in prunable_layers(model):
+            path = layer.split(".")  # a weight used without a call of its module counts for the module around it
+            around = (modules.get(".".join(path[:n])) for n in range(len(path), -1, -1))
+            starts[layer] = begin[next(module for module in around if module in begin)]
+        parent = {child: module for module in model.modules() for child in module.children()}
+        once = sorted((m for m in end if calls[m] == 1 and end[m] < end[model]), key=end.get)
+        sequences = (type(model), torch.nn.Sequential, torch.nn.ModuleList)
+        logits, kept, cuts = model(x), {}, []
+        ticks = sorted(starts.values())
+        for after, before in zip([-1, *ticks], ticks):
+            for module in reversed([m for m in once if after < end[m] < before and isinstance(parent[m], sequences)]):
+                done = [m for m in once if end[m] <= end[module] and end.get(parent[m], math.inf) > end[module]]
+                trial = _run_to(model, x, done, kept)
+                value = trial[module].clone()
+                with _replaced(trial), contextlib.suppress(RuntimeError):  # an in-place operation on what is not there
+                    if torch.equal(model(x), logits) and torch.equal(trial[module], value):
+                        kept = trial
+                        cuts.append(done)
+                        break
+        return cuts, {layer: sum(end[done[-1]] < start for done in cuts) for layer, start in starts.items()}
+
+
+def logits_under(model, x, variants, unit="channel", chain=None):
+    """Logits (B, C) of modified models, as (number, logits), and last of the model as it is, as (None, logits);
+    x: normalised images (B, 3, H, W). Each variant is computed from its first modified stage on; of the
+    unchanged part only the tensor that enters this stage is kept. chain: what `stages` returned."""
+    cuts, first = chain or stages(model, x[:1])
+    start = [min(first[layer] for layer, _ in variant.neurons) for variant in variants]
+    kept, position = {}, 0
+    for number in sorted(range(len(variants)), key=start.__getitem__):
+        variant = variants[number]
+        while position < start[number]:
+            kept, position = _run_to(model, x, cuts[start[number] - 1], kept), start[number]
+        with _replaced(kept), modified(model, variant.neurons, variant.how, variant.sigma, variant.seed, unit):
+            logits = model(x)
+        yield number, logits
+    with _replaced(kept):
+        logits = model(x)
+    yield None, logits
+
+
+def accuracy_under(model, split, size, variants, unit="channel", index=None, device="cpu", batch_size=128):
+    """Accuracy of many modified models over the images `index` (default all) of a split. Returns for every
+    variant {group: {n, correct_before, correct_after, to_wrong, to_right}}, counts of images. Batches are
+    outermost, so memory does not grow with the number of variants. Eval mode, put back afterwards."""
+    index = torch.arange(len(split.y)) if index is None else index
+    counts, chain, training = [{} for _ in variants], None, model.training
+    members = {j: index[split.g[index] == j] for j in split.g[index].unique().tolist()}
+    asked = {j: [i for i, v in enumerate(variants) if v.groups is None or j in v.groups] for j in members}
+    model.eval()
+    with torch.inference_mode(), tqdm(total=sum(len(members[j]) * len(asked[j]) for j in members), desc="trace", unit="image",
+                                      unit_scale=True, disable=None, leave=False) as progress:
+        try:
+            for j in (j for j in members if asked[j]):
+                for part, images in batches(split, batch_size, members[j], device):
+                    x, y = normalize(center(images, size), model), split.y[part].to(device)
+                    chain = chain or stages(model, x[:1])
+                    right = {}
+                    for number, logits in logits_under(model, x, [variants[i] for i in asked[j]], unit, chain):
+                        right[number] = logits.argmax(1) == y
+                        progress.update(len(part))
+                    for number, i in enumerate(asked[j]):
+                        before, after = right[None], right[number]
+                        row = {"n": len(part), "correct_before": before.sum(), "correct_after": after.sum(),
+                               "to_wrong": (before & ~after).sum(), "to_right": (~before & after).sum()}
+                        counts[i][j] = {key: int(value) + counts[i].get(j, {}).get(key, 0) for key, value in row.items()}
+        finally:
+            model.train(training)
+    return counts
+
+
+def sample_groups(split, most=None, whole=(), seed=0):
+    """Indices (n,), in order, of at most `most` images of each group (None: all), drawn without replacement; of
+    the groups in `whole` always all."""
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for group in split.groups:
+        members = (split.g == group["group"]).nonzero()[:, 0]
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        parts.append(members if group["group"] in whole else shuffled[:most])
+    return torch.cat(parts).sort().values
 
 
 # ------------------------------------------------------------------------------------------------
@@ -761,16 +1038,32 @@ def start_run(folder, args, state):
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()})
 
 
+def reopen(path, data=None, cache="runs/cache", device="cpu", names=("train", "test")):
+    """What a later stage starts from: the model of a checkpoint (eval mode), the checkpoint, and the splits `names`
+    of its data, or of `data` where they have moved. Raises BadInput if these are not the groups trained on."""
+    model, checkpoint = load_model(path, device)
+    if not {"data", "metrics"} <= checkpoint.keys():
+        raise BadInput(f"{path}: not a checkpoint of a training stage (it lacks data or metrics)")
+    source = checkpoint["data"]
+    meta = read_metadata(data or source["data"], source["attributes"])
+    then = [(row["name"], row["n"]) for row in checkpoint["metrics"]["train"]["groups"]]
+    now = [(group["name"], group["train_n"]) for group in meta.groups]
+    if meta.n_classes != checkpoint["n_classes"] or now != then:
+        raise BadInput(f"{data or source['data']} is not what {path} was trained on: training images per group are "
+                       f"{', '.join(f'{name} {n}' for name, n in now[:8])}; in training {', '.join(f'{name} {n}' for name, n in then[:8])}")
+    return model, checkpoint, {name: load_split(meta, name, checkpoint["size"], cache, source["difficulty"]) for name in names}
+
+
 @contextlib.contextmanager
-def one_line_errors():
-    """Around a script's main(): BadInput becomes one line on stderr and exit code 2."""
+def one_line_errors(interrupted="finished epochs are kept and --resume continues"):
+    """Around a script's main(): BadInput becomes one line on stderr and exit code 2; interrupted: what Ctrl-C leaves."""
     try:
         yield
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; finished epochs are kept and --resume continues", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -1,0 +1,160 @@
+"""Stage 3: structured tracing. In which layers do a few neurons carry a group's training accuracy?
+
+    python structured_trace.py                                  # the run of train_erm.py, seconds on two cores
+    python structured_trace.py --run runs/wb0 --max-per-group 200
+
+Paper: section 2.1.2, Figure 7. In every layer in turn, the k neurons with the largest gradient (of each group
+its own) or magnitude are zeroed and the accuracy change of every group is recorded, signed, in percentage
+points. Reads RUN/erm/best.pt and its data; writes RUN/structured/ (replaced): args.json, layers.csv,
+results.json, fig07_layers.png.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from common import (BadInput, Variant, accuracy_under, atomic, gradient_scores, is_transformer, magnitude_scores, one_line_errors, plain,
+                    prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_json)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
+
+DEFAULTS = {"synthetic": dict(max_per_group=100), "other": dict(max_per_group=None)}  # by kind of data
+CRITERIA = ("gradient", "magnitude")
+THIRDS = ("first", "middle", "last")
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
+    p.add_argument("--checkpoint", type=Path, help="model to trace (default RUN/erm/best.pt)")
+    p.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
+    p.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto",
+                   help="a neuron is a channel or a single weight (default auto: channel, in transformers weight)")
+    p.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (default %(default)s)")
+    p.add_argument("--layers", nargs="+", help="layers to trace, by name (default all prunable ones)")
+    p.add_argument("--split", choices=["train", "test"], default="train",
+                   help="images whose accuracy is measured; neurons come from training images in any case (default %(default)s)")
+    p.add_argument("--max-per-group", type=int,
+                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 100)")
+    p.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    p.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")
+    p.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
+    args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
+    model, checkpoint, splits = reopen(args.checkpoint, args.data, args.cache, args.device, tuple(dict.fromkeys(("train", args.split))))
+    size, train, split = checkpoint["size"], splits["train"], splits[args.split]
+    groups = split.groups
+    if args.max_per_group is None:
+        args.max_per_group = DEFAULTS["synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"]["max_per_group"]
+    unit = {"auto": "weight" if is_transformer(model) else "channel"}.get(args.unit, args.unit)
+    sizes = {layer: w.numel() if unit == "weight" else len(w) for layer, w in prunable_layers(model).items()}
+    layers = choose_layers(args, sizes)
+    print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
+
+    # Neurons of every layer: one set by magnitude, one per group by gradient, from training images
+    minority = [g["group"] for g in groups if g["minority"]]
+    sample = {name: sample_groups(s, args.max_per_group, minority if name == "train" else (), args.seed) for name, s in splits.items()}
+    scores = {("magnitude", "all"): magnitude_scores(model, unit)}
+    for j in range(len(groups)):
+        members = sample["train"][train.g[sample["train"]] == j]
+        scores["gradient", j] = gradient_scores(model, train, members, size, unit, args.device, args.batch_size)
+    keys = [(layer, criterion, by) for layer in layers for criterion, by in scores]
+    variants = [Variant(top_neurons({layer: scores[criterion, by][layer]}, min(args.k, sizes[layer])), groups=None if by == "all" else (by,))
+                for layer, criterion, by in keys]
+    counts = accuracy_under(model, split, size, variants, unit, sample[args.split], args.device, args.batch_size)
+    rows = [{"layer": layer, "criterion": criterion, "selected_by": by, "k": len(variant.neurons), "split": args.split, "group": j, **count,
+             "change_percent": round(100 * (count["correct_after"] - count["correct_before"]) / count["n"], 4)}
+            for (layer, criterion, by), variant, by_group in zip(keys, variants, counts) for j, count in by_group.items()]
+
+    folder = args.run / "structured"
+    heat = {criterion: heat_map(rows, criterion, layers, groups) for criterion in CRITERIA}
+    summary = {criterion: summarize_layers(heat[criterion], layers, groups) for criterion in CRITERIA}
+    start_run(folder, args, "new")
+    with atomic(folder / "layers.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    plot_heat(heat, layers, groups, args, folder / "fig07_layers.png")
+    write_json(folder / "results.json", {"stage": "structured", "checkpoint": str(args.checkpoint), "epoch": checkpoint.get("epoch"), "unit": unit,
+                                         "split": args.split, "k": args.k, "layers": layers, "summary": summary})
+    print_summary(summary, groups, args)
+    print(f"wrote {folder}/")
+
+
+def choose_layers(args, sizes):
+    """Names of the layers to trace, in network order. Raises BadInput; says where k is clipped."""
+    unknown = [layer for layer in args.layers or [] if layer not in sizes]
+    if unknown:
+        raise BadInput(f"--layers {unknown[0]}: not a prunable layer of this network; it has {', '.join(list(sizes)[:6])}, ...")
+    if args.k < 1 or args.batch_size < 1 or (args.max_per_group or 1) < 1:
+        raise BadInput("--k, --batch-size and --max-per-group must be at least 1")
+    layers = [layer for layer in sizes if layer in (args.layers or sizes)]
+    small = [layer for layer in layers if sizes[layer] < args.k]
+    if small:
+        warn(f"{len(small)} layers have fewer than {args.k} neurons and lose all of them: " + ", ".join(f"{layer} ({sizes[layer]})" for layer in small[:5]))
+    return layers
+
+
+def heat_map(rows, criterion, layers, groups):
+    """Signed changes in percentage points, (groups, layers): each group under its own neurons; NaN: no image."""
+    cells = {(row["group"], row["layer"]): 100 * (row["correct_after"] - row["correct_before"]) / row["n"] for row in rows if row["criterion"] == criterion}
+    return np.array([[cells.get((g["group"], layer), np.nan) for layer in layers] for g in groups])
+
+
+def summarize_layers(heat, layers, groups):
+    """Per group mean change, the change of largest size and its layer; and how the minority groups' change, summed
+    in absolute value, is spread over the thirds of the network (None: nothing changed)."""
+    result = {"groups": [], "thirds": None}
+    for g, values in zip(groups, heat):
+        if np.isfinite(values).all():
+            largest = int(np.abs(values).argmax())
+            result["groups"].append({"group": g["group"], "mean": float(values.mean()), "largest": float(values[largest]), "layer": layers[largest]})
+    third = np.arange(len(layers)) * 3 // len(layers)
+    total = np.nansum(np.abs(heat[[g["minority"] for g in groups]]), axis=0)
+    if total.sum() > 0:
+        result["thirds"] = {name: float(total[third == i].sum() / total.sum()) for i, name in enumerate(THIRDS)}
+    return result
+
+
+def print_summary(summary, groups, args):
+    print(f"\nChange in {args.split} accuracy by zeroing {args.k} neurons of one layer, percentage points, * minority")
+    for criterion in CRITERIA:
+        for row in summary[criterion]["groups"]:
+            g = groups[row["group"]]
+            print(f"{criterion:10s} {g['group']} {g['name'] + ('*' if g['minority'] else ''):28s} mean {row['mean']:+7.2f}  largest {row['largest']:+7.2f} in {row['layer']}")
+        thirds = summary[criterion]["thirds"]
+        print(f"{criterion}: " + ("no minority accuracy changed" if thirds is None else "of all minority change (absolute) "
+              + ", ".join(f"{100 * share:.0f} % in the {name} third" for name, share in thirds.items()) + " of the layers"))
+
+
+def plot_heat(heat, layers, groups, args, path):
+    """Figure 7: a heat map per criterion, layers in network order, one colour scale: the darker, the larger the
+    change; a drop carries no sign, a rise a '+'."""
+    fig, axes = plt.subplots(2, 1, figsize=(4 + 0.2 * len(layers), 5.6), layout="constrained", sharex=True)
+    most = max(1e-9, *(float(np.nanmax(np.abs(values))) for values in heat.values()))
+    for ax, criterion in zip(axes, CRITERIA):
+        image = ax.imshow(np.abs(heat[criterion]), cmap="Greys", vmin=0, vmax=most, aspect="auto")
+        for i, j in zip(*np.nonzero(heat[criterion] > 0)):
+            ax.text(j, i, "+", ha="center", va="center", fontsize=7, color="white" if heat[criterion][i, j] > most / 2 else "black")
+        ax.set_yticks(range(len(groups)), [f"G{g['group']}{'*' if g['minority'] else ''} {g['name']}" for g in groups], fontsize=8)
+        ax.set_title(f"{args.k} neurons of largest {criterion}", fontsize=10)
+    axes[1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+    axes[1].set_xlabel("layer, from input to output")
+    fig.colorbar(image, ax=axes, label=f"|change| in {args.split} accuracy\n(percentage points; + marks a rise)")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    with one_line_errors("nothing was written"):
+        main()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 COUNTS = ((13, 5, 4, 10), (4, 4, 4, 4), (6, 5, 4, 5))  # images per group in train, val, test
@@ -77,9 +79,10 @@ def write_celeba(folder, form="txt", images="img_align_celeba", counts=COUNTS):
 
 def run_script(*arguments, check=True, **environment):
     """Run a script of the project in a process of its own, without a network; returns the finished process."""
-    nowhere = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # nothing listens there
+    settings = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # nothing listens there
+    settings["OMP_NUM_THREADS"] = "1"  # the networks are too small to gain from more, and lose much where cores are shared
     process = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                             env={**os.environ, **nowhere, **environment})
+                             env={**os.environ, **settings, **environment})
     assert not check or process.returncode == 0, process.stderr
     return process
 

@@ -9,7 +9,6 @@ from common import (BadInput, Split, Variant, accuracy_under, build_model, cente
                     locate, logits_under, magnitude_scores, modified, neuron_masks, normalize, prunable_layers, sample_groups, stages,
                     top_neurons, worst_images)
 
-torch.set_num_threads(1)  # the networks are too small to gain from more, and lose much where cores are shared
 SMALL = [("resnet10", 32), ("squeezenet1_1", 64), ("mobilenet_v3_small", 64), ("convnext_atto", 64), ("vit_tiny_patch16_224", 32),
          ("densenet121", 32)]
 

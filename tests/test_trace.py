@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +12,8 @@ import structured_trace
 import trace_neurons
 from common import BadInput, Split, build_model, describe_groups, read_metadata, save_checkpoint
 
-torch.set_num_threads(1)  # the networks are too small to gain from more, and lose much where cores are shared
-ROOT = Path(__file__).parents[1]
+from .conftest import assert_refused, run_script
+
 COUNTS = (24, 9, 8, 24)
 NAMES = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
 
@@ -156,16 +152,10 @@ def checkpoint(root, path, arch="resnet10", size=32):
                     data={"data": str(root / "data"), "attributes": ["Blond_Hair", "Male"], "difficulty": 0.35})
 
 
-def call(script, root, *arguments):
-    return subprocess.run([sys.executable, ROOT / f"{script}.py", "--cache", root / "cache", *map(str, arguments)], capture_output=True, text=True,
-                          cwd=root, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_trace_script_twice(run):
     outputs = []
     for _ in range(2):
-        done = call("trace_neurons", run, "--run", run / "run", "--repeats", 2, "--controls", 19, "--sigma", 0.01)
-        assert done.returncode == 0, done.stderr
+        done = run_script("trace_neurons.py", "--run", run / "run", "--cache", run / "cache", "--repeats", 2, "--controls", 19, "--sigma", 0.01)
         folder = run / "run/trace"
         outputs.append([(folder / name).read_bytes() for name in ("neurons.csv", "accuracy.csv")])
     assert outputs[0] == outputs[1]
@@ -193,8 +183,8 @@ def test_other_architectures(run, tmp_path, monkeypatch, arch, size):
 
 
 def test_bad_input_is_one_line(run):
-    done = call("structured_trace", run, "--run", run / "nowhere")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such checkpoint" in done.stderr and not (run / "nowhere").exists()
+    assert_refused(run_script("structured_trace.py", "--run", run / "nowhere", check=False), "no such checkpoint")
+    assert not (run / "nowhere").exists()
 
 
 def test_bad_input(run, tmp_path, monkeypatch):

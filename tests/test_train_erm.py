@@ -91,7 +91,8 @@ def test_resume_after_a_kill_is_bit_for_bit(birds, tmp_path):
     """Killed in the middle of an epoch, continued, and compared with a run that was left alone."""
     options = ["train_erm.py", "--data", str(birds), "--cache", str(birds / "cache"), *SMALL, "--epochs", "6", "--keep-epochs", "2"]
     run_script(*options, "--run", tmp_path / "alone")
-    victim = subprocess.Popen([sys.executable, *options, "--run", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    victim = subprocess.Popen([sys.executable, *options, "--run", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # as run_script does: sums depend on the number of threads
     for line in victim.stdout:
         if line.startswith("epoch 2/"):
             time.sleep(0.05)  # now in the steps of epoch 3
@@ -231,7 +232,8 @@ def test_a_loss_that_is_not_finite(birds, tmp_path):
 
 def test_interrupt_says_how_to_go_on(birds, tmp_path):
     options = [sys.executable, "train_erm.py", "--data", str(birds), "--cache", str(birds / "cache"), *SMALL, "--epochs", "500", "--run", str(tmp_path)]
-    process = subprocess.Popen(options, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(options, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if line.startswith("epoch 1/"):
             process.send_signal(signal.SIGINT)
@@ -246,7 +248,8 @@ def test_interrupt_says_how_to_go_on(birds, tmp_path):
 def test_the_built_in_set_shows_the_gap(tmp_path):
     """A short run with the defaults: minority groups are memorised (training far above test accuracy),
     majority groups are learned (no such gap), and the worst test group is a minority."""
-    run_script("train_erm.py", "--run", tmp_path, "--cache", tmp_path / "cache", "--epochs", "12", "--select", "last", "--device", "cpu")
+    run_script("train_erm.py", "--run", tmp_path, "--cache", tmp_path / "cache", "--epochs", "12", "--select", "last", "--device", "cpu",
+               OMP_NUM_THREADS=str(os.cpu_count()))
     train, test = (read(tmp_path)["splits"][name]["groups"] for name in ("train", "test"))
     gaps = [100 * (a["acc"] - b["acc"]) for a, b in zip(train, test)]
     print("gaps in points:", [round(gap, 1) for gap in gaps])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -78,9 +79,11 @@ def test_planted_filter_is_found(on_planted, tmp_path):
         for row in rows:
             assert row["correct_before"] == row["n"] and row["correct_after"] == ("0" if row["group"] == "2" else row["n"])
     results = json.loads((tmp_path / "trace/results.json").read_text())
-    tests = [t for t in results["control"]["magnitude"]["tests"] if t["group"] == 2]
-    assert len(tests) == 2 and all(t["observed"] == -100 and t["null_mean"] > -15 and t["p"] <= 0.05 for t in tests)
-    assert results["control"]["magnitude"]["beats"] == {"1": False, "2": True} and "only for G2*" in results["control"]["magnitude"]["sentence"]
+    for criterion in ("gradient", "magnitude"):
+        tests = [t for t in results["control"][criterion]["tests"] if t["group"] == 2]
+        assert len(tests) == 2 and all(t["observed"] == -100 and t["null_mean"] > -15 and t["p"] <= 0.05 for t in tests)
+        assert results["control"][criterion]["beats"] == {"1": False, "2": True}
+        assert "only for G2*" in results["control"][criterion]["sentence"]
     assert results["matrix"]["magnitude train"][0][2]["to_wrong"] == COUNTS[2]
 
 

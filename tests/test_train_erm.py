@@ -253,6 +253,6 @@ def test_the_built_in_set_shows_the_gap(tmp_path):
     train, test = (read(tmp_path)["splits"][name]["groups"] for name in ("train", "test"))
     gaps = [100 * (a["acc"] - b["acc"]) for a, b in zip(train, test)]
     print("gaps in points:", [round(gap, 1) for gap in gaps])
-    assert abs(gaps[0]) < 3 and abs(gaps[3]) < 5
-    assert gaps[1] + gaps[2] > 15 and gaps[2] > 5
+    assert abs(gaps[0]) < 3 and abs(gaps[3]) < 8
+    assert gaps[2] > 5 and gaps[1] + gaps[2] > max(20, 3 * (gaps[0] + gaps[3]))
     assert read(tmp_path)["splits"]["test"]["worst_group"] in (1, 2)

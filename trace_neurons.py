@@ -344,7 +344,7 @@ def plot_changes(rows, groups, args, how, sigmas, path):
         ax.set_axisbelow(True)
     for ax in axes[:, 0]:
         ax.set_ylabel("change in training\naccuracy (points)")
-    axes.flat[0].legend(fontsize=7)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     fig.suptitle(f"{ {'zero': 'Zeroing', 'random-init': 'Random initialisation of', 'random-noise': 'Random noise added to'}[how] } the top neurons (* minority)", fontsize=11)
     fig.savefig(path, dpi=120)
     plt.close(fig)

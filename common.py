@@ -1002,6 +1002,14 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def write_csv(path, rows):
+    """Write rows (dicts with the same keys) as csv with a header, atomically."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def run_state(folder, args):
     """'new', 'unfinished' (to be resumed) or 'finished'. Raises BadInput where going on would spoil what
     `folder` holds: a run with other settings (only --resume may raise --epochs), or an interrupted one

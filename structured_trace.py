@@ -10,15 +10,14 @@ results.json, fig07_layers.png.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 
-from common import (BadInput, Variant, accuracy_under, atomic, gradient_scores, is_transformer, magnitude_scores, one_line_errors, plain,
-                    prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_json)
+from common import (BadInput, Variant, accuracy_under, gradient_scores, is_transformer, magnitude_scores, one_line_errors, plain,
+                    prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_csv, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -80,10 +79,7 @@ def main():
     heat = {criterion: heat_map(rows, criterion, layers, groups) for criterion in CRITERIA}
     summary = {criterion: summarize_layers(heat[criterion], layers, groups) for criterion in CRITERIA}
     start_run(folder, args, "new")
-    with atomic(folder / "layers.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "layers.csv", rows)
     plot_heat(heat, layers, groups, args, folder / "fig07_layers.png")
     write_json(folder / "results.json", {"stage": "structured", "checkpoint": str(args.checkpoint), "epoch": checkpoint.get("epoch"), "unit": unit,
                                          "split": args.split, "k": args.k, "layers": layers, "summary": summary})

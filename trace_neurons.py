@@ -13,7 +13,6 @@ fig08_layers.png, fig11_random_init_sigmas.png, fig12_random_noise_sigmas.png.
 """
 
 import argparse
-import csv
 import math
 from itertools import product
 from pathlib import Path
@@ -22,9 +21,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, atomic, gradient_scores, group_report, is_transformer, locate,
+from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, gradient_scores, group_report, is_transformer, locate,
                     magnitude_scores, one_line_errors, plain, predict, prunable_layers, reopen, sample_groups, start_run,
-                    top_neurons, worst_images, write_json)
+                    top_neurons, worst_images, write_csv, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -249,13 +248,6 @@ def neuron_table(ranked, scores):
                          "score": float(at[criterion, by][rank]), "magnitude_percentile": round(float(places["magnitude", "all"][rank]), 4),
                          "gradient_percentile": round(float(gradient[rank]), 4)})
     return rows
-
-
-def write_csv(path, rows):
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def title(group):

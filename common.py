@@ -727,15 +727,21 @@ def prunable_layers(model):
     ...in_proj_weight, which is listed by that name). The classifier head, which may itself be a convolution,
     and normalisation layers never. What a convolutional network computes with linear layers (VGG, ConvNeXt)
     is left out, as the paper's neurons are convolutional channels."""
-    kind, layers, last = torch.nn.Linear if is_transformer(model) else CONVOLUTIONS, {}, None
+    kind, layers = torch.nn.Linear if is_transformer(model) else CONVOLUTIONS, {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
             layers[f"{name}.in_proj_weight"] = module.in_proj_weight
         if isinstance(module, kind):
             layers[name] = module.weight
-        last = name if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS)) else last
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or last  # timm names it
-    return {name: weight for name, weight in layers.items() if name not in ([heads] if isinstance(heads, str) else heads)}
+    heads = classifier_heads(model)
+    return {name: weight for name, weight in layers.items() if name not in heads}
+
+
+def classifier_heads(model):
+    """Names of the layers that give the logits: what timm calls classifier, else the last linear layer or convolution."""
+    named = getattr(model, "pretrained_cfg", {}).get("classifier") or [
+        name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS))][-1]
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 def _norms(tensor, unit):
@@ -1002,10 +1008,10 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path, rows):
-    """Write rows (dicts with the same keys) as csv with a header, atomically."""
+def write_csv(path, rows, columns=None):
+    """Write rows (dicts with the same keys; without any, `columns` alone) as csv with a header, atomically."""
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, columns or rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
 

@@ -30,8 +30,8 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from common import (SPLITS, BadInput, augment, batches, check_flags, classifier_heads, evaluate, gradient_scores, group_report,
-                    is_transformer, load_checkpoint, load_model, locate, magnitude_scores, neuron_masks, normalize, one_line_errors,
-                    plain, predict, prunable_layers, reopen, run_state, save_checkpoint, set_seed, start_run, top_neurons,
+                    is_transformer, load_checkpoint, load_model, locate, magnitude_scores, neuron_masks, normalize,
+                    one_line_errors, plain, predict, reopen, run_state, save_checkpoint, set_seed, start_run, top_neurons,
                     worst_images, write_csv, write_json)
 
 matplotlib.use("Agg")
@@ -47,7 +47,7 @@ def parse_args():
     p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
     p.add_argument("--name", default="finetune", help="folder of this stage in RUN, to keep several (default %(default)s)")
     p.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
-                   help="train nothing; one table over the finished fine-tuning runs in these run folders, and Figure 6 in --figure")
+                   help="train nothing; one table over the finished fine-tuning runs in these run folders, and Figure 6")
     p.add_argument("--figure", type=Path, default="runs/fig06_compare.png", help="where --compare draws (default %(default)s)")
 
     g = p.add_argument_group("start")
@@ -58,44 +58,48 @@ def parse_args():
 
     g = p.add_argument_group("method")
     g.add_argument("--method", choices=["contrastive", "supervised", "erm"], default="contrastive",
-                   help="contrastive: the paper's; supervised: its second term alone; erm: cross entropy goes on, the control of the "
-                        "same budget (default %(default)s)")
+                   help="contrastive: the paper's; supervised: its second term alone; erm: cross entropy goes on, the control "
+                        "of the same budget (default %(default)s)")
     g.add_argument("--criterion", choices=CRITERIA, default="magnitude",
-                   help="neurons to mask: largest l2 norm of weights or gradient, both sets, random ones, or none (default %(default)s)")
+                   help="neurons to mask: largest l2 norm of weights, of gradient, both sets, random ones, or none "
+                        "(default %(default)s)")
     g.add_argument("--prune-fraction", type=float, default=1e-4,
-                   help="fraction of all neurons to mask, at least one neuron; paper 0.0001 (0.01 %%), released code 0.01 of the "
-                        "weights (default %(default)s)")
+                   help="fraction of all neurons to mask, at least one neuron; paper 0.0001 (0.01 %%), released code 0.01 "
+                        "of the weights (default %(default)s)")
     g.add_argument("--order", choices=["largest", "smallest"], default="largest",
                    help="paper: largest; the released magnitude mask takes the smallest (default %(default)s)")
     g.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto",
-                   help="a neuron is a channel or a single weight; the released magnitude mask takes weights, its gradient mask channels "
-                        "(default auto: channel, in transformers weight)")
+                   help="a neuron is a channel or a single weight; the released magnitude mask takes weights, its gradient "
+                        "mask channels (default auto: channel, in transformers weight)")
     g.add_argument("--gradient-source", choices=["train", "minority"], default="train",
-                   help="gradient of 128 images drawn from the 256 with the highest cross entropy of the training set or of its minority "
-                        "groups; the released code takes the 200 lowest (default %(default)s)")
+                   help="gradient of 128 images drawn from the 256 with the highest cross entropy of the training set or of "
+                        "its minority groups; the released code takes the 200 lowest (default %(default)s)")
     g.add_argument("--views", choices=["two", "one"], default="two",
                    help="paper: two augmentations of each image; released code: one for both branches (default %(default)s)")
     g.add_argument("--features", choices=["probs", "logits", "projection"], default="probs",
-                   help="what NT-Xent compares: softmax outputs (Table 2's 'projection size 2', and the released code), logits, or a "
-                        "SimCLR projection head on the penultimate features (default %(default)s)")
+                   help="what NT-Xent compares: softmax outputs (Table 2's 'projection size 2', and the released code), "
+                        "logits, or a SimCLR projection head on the penultimate features (default %(default)s)")
     g.add_argument("--aux-bn", choices=["own", "shared", "frozen"], default="own",
-                   help="BatchNorm of the auxiliary branch: statistics of its own, copied each epoch; shared: it also moves the target's, "
-                        "as in the released code; frozen: it uses the target's and moves none; paper silent (default %(default)s)")
-    g.add_argument("--temperature", type=float, default=0.5, help="tau of eq. 2.1; paper silent, released code 0.5 (default %(default)s)")
-    g.add_argument("--loss", choices=["mse", "ce"], default="mse",
-                   help="supervised term: squared error of softmax outputs or cross entropy of logits; paper: mse, released code: ce "
+                   help="BatchNorm of the auxiliary branch: statistics of its own, copied each epoch; shared: it also moves "
+                        "the target's, as in the released code; frozen: it uses the target's and moves none; paper silent "
                         "(default %(default)s)")
+    g.add_argument("--temperature", type=float, default=0.5,
+                   help="tau of eq. 2.1; paper silent, released code 0.5 (default %(default)s)")
+    g.add_argument("--loss", choices=["mse", "ce"], default="mse",
+                   help="supervised term: squared error of softmax outputs or cross entropy of logits; paper: mse, released "
+                        "code: ce (default %(default)s)")
     g.add_argument("--lam", type=float, default=0.2, help="lambda of eq. 2.3 (default %(default)s)")
     g.add_argument("--lam-reduction", choices=["sum", "mean"], default="sum",
-                   help="supervised term summed over the batch, as the released code sums its squared error, or the mean, as eq. 2.3 reads; "
-                        "its NT-Xent is a mean in both (default %(default)s, the one that trains)")
+                   help="supervised term summed over the batch, as the released code sums its squared error, or its mean, as "
+                        "eq. 2.3 reads; NT-Xent is a mean in both (default %(default)s, the one that trains)")
 
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=int, help="passes over the training images (default 20; synthetic: 8)")
     g.add_argument("--lr", type=float, default=2e-4, help="learning rate of Adam (default %(default)s)")
     g.add_argument("--batch-size", type=int,
                    help="images per step; paper silent, released code 100 (default: that of the ERM run, 256 in the paper)")
-    g.add_argument("--augment", choices=["table1", "crop-flip", "none"], help="as in train_erm.py (default: that of the ERM run)")
+    g.add_argument("--augment", choices=["table1", "crop-flip", "none"],
+                   help="as in train_erm.py (default: that of the ERM run)")
     g.add_argument("--seed", type=int, help="of order, augmentation and random choices (default: that of the ERM run)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     g.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
@@ -142,8 +146,9 @@ def auxiliary(model, x, masks, buffers, aux_bn="own"):
 def penultimate(model):
     """Inside the `with`, every forward pass appends what enters the classifier head, (B, D), to the list given."""
     found = []
-    head = model.get_submodule(classifier_heads(model)[0])
-    hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].flatten(2).mean(2) if inputs[0].dim() > 2 else inputs[0]))
+    def keep(_, inputs):  # a convolution as head (SqueezeNet) sees maps, which are averaged
+        found.append(inputs[0].flatten(2).mean(2) if inputs[0].dim() > 2 else inputs[0])
+    hook = model.get_submodule(classifier_heads(model)[0]).register_forward_pre_hook(keep)
     try:
         yield found
     finally:
@@ -155,7 +160,7 @@ def projection_head(model, size, out=128):
     with penultimate(model) as found, torch.inference_mode():
         model.eval()(torch.zeros(1, 3, size, size, device=model.input_mean.device))
     width = found[0].shape[1]
-    return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, out))
+    return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, out)).to(found[0].device)
 
 
 def pruned_count(fraction, total):
@@ -222,9 +227,8 @@ def starting_point(args):
 
 def resolve(args, checkpoint):
     """Fill in what was left out from the ERM run and the kind of data, and refuse what cannot be."""
-    kind = "synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"
-    erm = checkpoint["args"]
-    for key, value in {**DEFAULTS[kind], "batch_size": erm["batch_size"], "augment": erm["augment"], "seed": erm["seed"]}.items():
+    kind, erm = "synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other", checkpoint["args"]
+    for key, value in {**DEFAULTS[kind], **{key: erm[key] for key in ("batch_size", "augment", "seed")}}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     check_flags(args, "epochs", "batch_size", "lr", "temperature")
@@ -255,7 +259,7 @@ def main():
         raise BadInput("--gradient-source minority: no group of this data set is a minority; use train")
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
     set_seed(args.seed)
-    project = {"probs": torch.nn.Softmax(1), "logits": torch.nn.Identity()}.get(args.features) or projection_head(model, size).to(args.device)
+    project = {"probs": torch.nn.Softmax(1), "logits": torch.nn.Identity()}.get(args.features) or projection_head(model, size)
     optimizer = torch.optim.Adam([*model.parameters(), *project.parameters()], lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
     start_run(folder, args, state)
@@ -263,7 +267,8 @@ def main():
 
     def measure():
         logits = {name: predict(model, splits[name], size, args.device, args.batch_size) for name in ("train", "val")}
-        return logits, {name: group_report(logits[name].argmax(1), splits[name].y, splits[name].g, train.groups) for name in logits}
+        reports = {name: group_report(z.argmax(1), splits[name].y, splits[name].g, train.groups) for name, z in logits.items()}
+        return logits, reports
 
     log, pruned, right, best = [], [], [], {"epoch": 0, "score": -1.0}
     if state == "unfinished":
@@ -315,18 +320,20 @@ def main():
             best = {"epoch": epoch, "score": reports["val"]["acc_worst"]}
             save_checkpoint(folder / "best.pt", model, **fields)
         log.append({"epoch": epoch, "contrast": contrast, "supervised": supervised, "loss": loss, "lr": lr,
-                    "seconds": round(time.time() - started, 2), "pruned": len(neurons), "pruned_before": len(previous.intersection(neurons)),
-                    **reports})
+                    "seconds": round(time.time() - started, 2), "pruned": len(neurons),
+                    "pruned_before": len(previous.intersection(neurons)), **reports})
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         write_csv(folder / "pruned.csv", pruned, COLUMNS)
-        save_checkpoint(folder / "last.pt", model, **fields, best=best, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                        projection=project.state_dict(), pruned=[list(row.values()) for row in pruned], right=torch.stack(right),
-                        rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [])
+        save_checkpoint(folder / "last.pt", model, **fields, best=best, optimizer=optimizer.state_dict(),
+                        scheduler=scheduler.state_dict(), projection=project.state_dict(), right=torch.stack(right),
+                        pruned=[list(row.values()) for row in pruned], rng=torch.get_rng_state(),
+                        cuda_rng=torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [])
         print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the start, the selected and the last epoch
-    results = {"stage": "finetune", "method": args.method, "data": start["data"]["data"], "start_epoch": start["epoch"], "epochs": args.epochs,
-               "selected_epoch": best["epoch"], "selection": selection_spread(torch.stack(right), splits["val"].g, args.seed)}
+    results = {"stage": "finetune", "method": args.method, "data": start["data"]["data"], "start_epoch": start["epoch"],
+               "epochs": args.epochs, "selected_epoch": best["epoch"],
+               "selection": selection_spread(torch.stack(right), splits["val"].g, args.seed)}
     for key, path in (("before", args.checkpoint), ("splits", folder / "best.pt"), ("last", folder / "last.pt")):
         model, checkpoint = load_model(path, args.device)
         results[key] = {**checkpoint["metrics"], "test": evaluate(model, splits["test"], size, args.device, args.batch_size)}
@@ -360,8 +367,8 @@ def percent(report):
 
 def print_epoch(row, epochs):
     pruned = f"pruned {row['pruned']} ({row['pruned_before']} as before) " if row["pruned"] else ""
-    print(f"epoch {row['epoch']}/{epochs} contrast {row['contrast']:.4f} supervised {row['supervised']:.4f} lr {row['lr']:.1e} {pruned}"
-          f"train {percent(row['train'])} val {percent(row['val'])} worst {100 * row['val']['acc_worst']:.1f} "
+    print(f"epoch {row['epoch']}/{epochs} contrast {row['contrast']:.4f} supervised {row['supervised']:.4f} lr {row['lr']:.1e} "
+          f"{pruned}train {percent(row['train'])} val {percent(row['val'])} worst {100 * row['val']['acc_worst']:.1f} "
           f"(group {row['val']['worst_group']}) {row['seconds']:.0f} s", flush=True)
 
 
@@ -375,25 +382,30 @@ def print_table(results):
         pairs = [(before[name]["groups"][j], after[name]["groups"][j]) for name in SPLITS]
         cells = [f"{100 * b['acc']:7.1f} -> {100 * a['acc']:5.1f}" if b["n"] else "-" for b, a in pairs]
         print(f"{g['group']} {g['name'] + ('*' if g['minority'] else ''):30s}" + "".join(f"{cell:>18s}" for cell in cells))
-    for name, key in (("worst group", "acc_worst"), ("mean", "acc_mean"), ("mean, groups in training mix", "acc_mean_train_mix")):
+    for name, key in (("worst group", "acc_worst"), ("mean", "acc_mean"), ("mean, training mix", "acc_mean_train_mix")):
         cells = [f"{100 * before[split][key]:7.1f} -> {100 * after[split][key]:5.1f}" for split in SPLITS]
         print(f"{name:32s}" + "".join(f"{cell:>18s}" for cell in cells))
-    spread = results["selection"]
-    firm = ", ".join(f"{epoch} ({100 * share:.0f} %)" for epoch, share in sorted(spread["chosen"].items(), key=lambda item: -item[1])[:4])
-    print(f"selection: validation worst-group accuracy +- {100 * spread['acc_worst_sd']:.1f}; drawn anew, these images would choose epoch "
-          f"{firm}; last epoch's test worst group {100 * results['last']['test']['acc_worst']:.1f}")
+    spread, last = results["selection"], results["last"]["test"]["acc_worst"]
+    chosen = sorted(spread["chosen"].items(), key=lambda item: -item[1])[:4]
+    print(f"selection: validation worst-group accuracy +- {100 * spread['acc_worst_sd']:.1f}; drawn anew, these images would choose "
+          f"epoch {', '.join(f'{epoch} ({100 * share:.0f} %)' for epoch, share in chosen)}; last epoch's test worst group "
+          f"{100 * last:.1f}")
 
 
 def plot_groups(results, path):
     """Training and test accuracy of every group before and after fine-tuning."""
-    fig, axes = plt.subplots(1, 2, figsize=(4 + 2 * len(results["before"]["train"]["groups"]), 3.4), layout="constrained", sharey=True)
-    for ax, name in zip(axes, ("train", "test")):
-        for offset, key, label, style in ((-0.2, "before", "ERM", {"color": "0.75"}), (0.2, "splits", "fine-tuned", {"color": "0.35", "hatch": "///"})):
+    n = len(results["before"]["train"]["groups"])
+    fig, axes = plt.subplots(1, 2, figsize=(4 + 2 * n, 3.4), layout="constrained", sharey=True)
+    bars = {"before": ("ERM", -0.2, {"color": "0.75"}), "splits": ("fine-tuned", 0.2, {"color": "0.35", "hatch": "///"})}
+    for ax, name, title in zip(axes, ("train", "test"), ("training", "test")):
+        for key, (label, offset, style) in bars.items():
             rows = results[key][name]["groups"]
-            bars = ax.bar([j + offset for j in range(len(rows))], [100 * (g["acc"] or 0) for g in rows], 0.4, label=label, edgecolor="white", **style)
-            ax.bar_label(bars, [f"{100 * g['acc']:.1f}" if g["n"] else "no image" for g in rows], fontsize=8)
-        ax.set_xticks(range(len(rows)), [f"G{g['group']}{'*' if g['minority'] else ''}\n{g['name']}\nn = {g['n']}" for g in rows], fontsize=7)
-        ax.set(title={"train": "training", "test": "test"}[name], ylim=(0, 122), yticks=range(0, 101, 20))
+            heights = [100 * (g["acc"] or 0) for g in rows]
+            drawn = ax.bar(np.arange(n) + offset, heights, 0.4, label=label, edgecolor="white", **style)
+            ax.bar_label(drawn, [f"{100 * g['acc']:.1f}" if g["n"] else "no image" for g in rows], fontsize=8)
+        ax.set_xticks(range(n), [f"G{g['group']}{'*' if g['minority'] else ''}\n{g['name']}\nn = {g['n']}" for g in rows],
+                      fontsize=7)
+        ax.set(title=title, ylim=(0, 122), yticks=range(0, 101, 20))
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="upper center", ncols=2, fontsize=8)
     fig.suptitle(f"Group accuracy before and after fine-tuning ({results['method']}, * minority)", fontsize=11)
@@ -412,8 +424,8 @@ def plot_curves(log, selected, path):
         ax.set(title=f"G{j}{'*' if group['minority'] else ''} {group['name']}", ylim=(-3, 103), xlabel="epoch")
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="lower right", fontsize=8)
-    for key, label, style in (("contrast", "NT-Xent", {"color": "0.0", "ls": "--"}), ("supervised", "lambda x supervised", {"color": "0.5"})):
-        axes[-1].plot(epochs[1:], [row[key] for row in log[1:]], label=label, **style)
+    for key, style in (("contrast", {"color": "0.0", "ls": "--"}), ("supervised", {"color": "0.5"})):
+        axes[-1].plot(epochs[1:], [row[key] for row in log[1:]], label=key, **style)
     axes[-1].set(title="loss terms", ylabel="loss", xlabel="epoch")
     axes[-1].legend(fontsize=8)
     for ax in axes:
@@ -433,13 +445,16 @@ def compare(runs, figure):
             if result["stage"] == "finetune":
                 found.setdefault(Path(result["data"]).name, {}).setdefault(path.parent.name, {})[run] = result
     if not found:
-        raise BadInput(f"--compare {' '.join(map(str, runs))}: no finished fine-tuning run in these run folders; give folders such as runs/wb0")
+        raise BadInput(f"--compare {' '.join(map(str, runs))}: no finished fine-tuning run in these folders; give run folders, "
+                       "such as runs/wb0")
     tables = {data: comparison(settings) for data, settings in found.items()}
+    columns = {"worst group": "worst", "- before": "from_before", "- ERM continued": "from_erm", "last epoch": "last",
+               "mean": "mean"}
     for data, table in tables.items():
         print(f"\n{data}: test worst-group accuracy in %, mean +- sd (n); differences in points, paired by run folder")
-        print(f"{'':32s} {'worst group':>18s} {'- before':>18s} {'- ERM continued':>18s} {'last epoch':>18s} {'mean, train. mix':>18s}")
+        print(f"{'':32s}" + "".join(f" {name:>18s}" for name in columns))
         for name, row in table.items():
-            print(f"{name:32s} " + " ".join(f"{cell(row[key]):>18s}" for key in ("worst", "from_before", "from_erm", "last", "mean")))
+            print(f"{name:32s}" + "".join(f" {cell(row[key]):>18s}" for key in columns.values()))
     figure.parent.mkdir(parents=True, exist_ok=True)
     plot_compare(tables, figure)
     write_json(figure.with_suffix(".json"), tables)
@@ -448,20 +463,23 @@ def compare(runs, figure):
 
 def comparison(settings):
     """Rows of the comparison, {name: {column: values in percent, one per run folder}}; settings {name: {run: results}}."""
-    def key(run, result):
-        return run, result["start_epoch"], result["epochs"]
-    def worst(report):
-        return 100 * report["test"]["acc_worst"]
-    erm = {key(run, r): worst(r["splits"]) for by_run in settings.values() for run, r in by_run.items() if r["method"] == "erm"}
-    start = {(run, r["start_epoch"]): r["before"] for by_run in settings.values() for run, r in by_run.items()}
-    table = {"ERM before fine-tuning": {"worst": [worst(r) for r in start.values()], "from_before": [], "from_erm": [], "last": [],
-                                        "mean": [100 * r["test"]["acc_mean_train_mix"] for r in start.values()]}}
+    def key(run, r):
+        return run, r["start_epoch"], r["epochs"]
+    def percent_of(reports, which):
+        return [100 * report["test"][which] for report in reports]
+    everything = [(run, r) for by_run in settings.values() for run, r in by_run.items()]
+    erm = {key(run, r): r["splits"]["test"]["acc_worst"] for run, r in everything if r["method"] == "erm"}
+    start = {key(run, r)[:2]: r["before"] for run, r in everything}.values()
+    table = {"ERM before fine-tuning": {"worst": percent_of(start, "acc_worst"), "from_before": [], "from_erm": [], "last": [],
+                                        "mean": percent_of(start, "acc_mean_train_mix")}}
     for name, by_run in settings.items():
-        table[name] = {"worst": [worst(r["splits"]) for r in by_run.values()],
-                       "from_before": [worst(r["splits"]) - worst(r["before"]) for r in by_run.values()],
-                       "from_erm": [worst(r["splits"]) - erm[key(run, r)] for run, r in by_run.items() if key(run, r) in erm and r["method"] != "erm"],
-                       "last": [worst(r["last"]) for r in by_run.values()],
-                       "mean": [100 * r["splits"]["test"]["acc_mean_train_mix"] for r in by_run.values()]}
+        after = [r["splits"] for r in by_run.values()]
+        pairs = {key(run, r): r for run, r in by_run.items() if r["method"] != "erm"}
+        worst, before = percent_of(after, "acc_worst"), percent_of([r["before"] for r in by_run.values()], "acc_worst")
+        table[name] = {
+            "worst": worst, "from_before": [a - b for a, b in zip(worst, before)],
+            "from_erm": [100 * (r["splits"]["test"]["acc_worst"] - erm[k]) for k, r in pairs.items() if k in erm],
+            "last": percent_of([r["last"] for r in by_run.values()], "acc_worst"), "mean": percent_of(after, "acc_mean_train_mix")}
     return table
 
 
@@ -476,11 +494,13 @@ def plot_compare(tables, path):
     """Figure 6: test worst-group accuracy before fine-tuning and after each setting; bars: mean, whiskers: standard
     deviation, dots: single runs."""
     most = max(len(table) for table in tables.values())
-    fig, axes = plt.subplots(1, len(tables), figsize=(len(tables) * (1.5 + 0.75 * most), 3.8), layout="constrained", sharey=True, squeeze=False)
+    width = len(tables) * (1.5 + 0.75 * most)
+    fig, axes = plt.subplots(1, len(tables), figsize=(width, 3.8), layout="constrained", sharey=True, squeeze=False)
     for ax, (data, table) in zip(axes[0], tables.items()):
         for i, row in enumerate(table.values()):
             spread = np.std(row["worst"], ddof=1) if len(row["worst"]) > 1 else None
-            ax.bar(i, np.mean(row["worst"]), 0.7, yerr=spread, color="0.8" if i == 0 else "0.55", edgecolor="black", lw=0.5, error_kw={"capsize": 3})
+            ax.bar(i, np.mean(row["worst"]), 0.7, yerr=spread, color="0.8" if i == 0 else "0.55", edgecolor="black", lw=0.5,
+                   error_kw={"capsize": 3})
             ax.plot([i] * len(row["worst"]), row["worst"], "o", mfc="white", color="black", ms=3.5, lw=0)
         ax.set_xticks(range(len(table)), [name.replace("finetune-", "") for name in table], rotation=35, ha="right", fontsize=8)
         ax.set_title(data, fontsize=10)

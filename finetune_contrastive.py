@@ -2,7 +2,7 @@
 
     python finetune_contrastive.py                              # the run of train_erm.py, magnitude criterion
     python finetune_contrastive.py --run runs/wb0 --criterion gradient --name finetune-gradient
-    python finetune_contrastive.py --compare runs/wb*           # table and Figure 6 from finished runs
+    python finetune_contrastive.py --compare runs/wb*           # table over seeds and Figure 6
 
 Paper: section 2.2, Figures 6 and 9, Tables 2, 4-10, 12. Each epoch the critical neurons of the network are
 masked in an auxiliary branch that shares all its weights; two augmentations of an image, one through each
@@ -37,8 +37,9 @@ from common import (SPLITS, BadInput, augment, batches, check_flags, classifier_
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
 
-DEFAULTS = {"synthetic": dict(epochs=8), "other": dict(epochs=20)}  # by kind of data; section 4.1 for all but the built-in set
+DEFAULTS = {"synthetic": dict(epochs=5), "other": dict(epochs=20)}  # by kind of data; section 4.1 for all but the built-in set
 CRITERIA = ("magnitude", "gradient", "mixed", "random", "none")
+BUDGET = ("epochs", "lr", "batch_size", "augment", "seed")  # what a run shares with its control
 COLUMNS = ("epoch", "criterion", "layer", "index", "score")
 
 
@@ -46,8 +47,8 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
     p.add_argument("--name", default="finetune", help="folder of this stage in RUN, to keep several (default %(default)s)")
-    p.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
-                   help="train nothing; one table over the finished fine-tuning runs in these run folders, and Figure 6")
+    p.add_argument("--compare", type=Path, nargs="+", metavar="FOLDER",
+                   help="train nothing; one table over finished fine-tuning runs, and Figure 6: folders RUN/NAME, or RUN for all in it")
     p.add_argument("--figure", type=Path, default="runs/fig06_compare.png", help="where --compare draws (default %(default)s)")
 
     g = p.add_argument_group("start")
@@ -94,7 +95,7 @@ def parse_args():
                         "eq. 2.3 reads; NT-Xent is a mean in both (default %(default)s, the one that trains)")
 
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=int, help="passes over the training images (default 20; synthetic: 8)")
+    g.add_argument("--epochs", type=int, help="passes over the training images (default 20; synthetic: 5)")
     g.add_argument("--lr", type=float, default=2e-4, help="learning rate of Adam (default %(default)s)")
     g.add_argument("--batch-size", type=int,
                    help="images per step; paper silent, released code 100 (default: that of the ERM run, 256 in the paper)")
@@ -332,7 +333,7 @@ def main():
 
     # The test split is read here and nowhere else: for the start, the selected and the last epoch
     results = {"stage": "finetune", "method": args.method, "data": start["data"]["data"], "start_epoch": start["epoch"],
-               "epochs": args.epochs, "selected_epoch": best["epoch"],
+               **{key: getattr(args, key) for key in BUDGET}, "selected_epoch": best["epoch"],
                "selection": selection_spread(torch.stack(right), splits["val"].g, args.seed)}
     for key, path in (("before", args.checkpoint), ("splits", folder / "best.pt"), ("last", folder / "last.pt")):
         model, checkpoint = load_model(path, args.device)
@@ -434,19 +435,19 @@ def plot_curves(log, selected, path):
     plt.close(fig)
 
 
-def compare(runs, figure):
-    """Table 12 and Figure 6 from the finished runs below run folders: test worst-group accuracy of every RUN/NAME, mean and
-    standard deviation over run folders (seeds), and its difference, paired within each run folder, from the network before
-    fine-tuning and from ERM continued for as many epochs from the same start."""
+def compare(folders, figure):
+    """Table 12 and Figure 6 from finished runs: test worst-group accuracy of every NAME, mean and standard deviation over run
+    folders (seeds), and its difference, paired within the run folder, from the network before fine-tuning and from ERM
+    continued with the same start and budget."""
     found = {}  # {data: {name: {run: results}}}
-    for run in runs:
-        for path in sorted(run.glob("*/results.json")):
+    for folder in folders:
+        for path in [folder / "results.json"] if (folder / "results.json").exists() else sorted(folder.glob("*/results.json")):
             result = json.loads(path.read_text())
             if result["stage"] == "finetune":
-                found.setdefault(Path(result["data"]).name, {}).setdefault(path.parent.name, {})[run] = result
+                found.setdefault(Path(result["data"]).name, {}).setdefault(path.parent.name, {})[path.parents[1]] = result
     if not found:
-        raise BadInput(f"--compare {' '.join(map(str, runs))}: no finished fine-tuning run in these folders; give run folders, "
-                       "such as runs/wb0")
+        raise BadInput(f"--compare {' '.join(map(str, folders))}: no finished fine-tuning run there; give folders such as runs/wb0 "
+                       "or runs/wb0/finetune")
     tables = {data: comparison(settings) for data, settings in found.items()}
     columns = {"worst group": "worst", "- before": "from_before", "- ERM continued": "from_erm", "last epoch": "last",
                "mean": "mean"}
@@ -462,25 +463,28 @@ def compare(runs, figure):
 
 
 def comparison(settings):
-    """Rows of the comparison, {name: {column: values in percent, one per run folder}}; settings {name: {run: results}}."""
-    def key(run, r):
-        return run, r["start_epoch"], r["epochs"]
-    def percent_of(reports, which):
-        return [100 * report["test"][which] for report in reports]
-    everything = [(run, r) for by_run in settings.values() for run, r in by_run.items()]
-    erm = {key(run, r): r["splits"]["test"]["acc_worst"] for run, r in everything if r["method"] == "erm"}
-    start = {key(run, r)[:2]: r["before"] for run, r in everything}.values()
-    table = {"ERM before fine-tuning": {"worst": percent_of(start, "acc_worst"), "from_before": [], "from_erm": [], "last": [],
-                                        "mean": percent_of(start, "acc_mean_train_mix")}}
+    """Rows of the comparison, {name: {column: values in percent, one per run folder}}; settings {name: {run: results}}. The
+    controls, ERM continued, are looked up in the run folders."""
+    def budget(r):
+        return tuple(r[key] for key in ("start_epoch", *BUDGET))
+    def worst(reports):
+        return 100 * reports["test"]["acc_worst"]
+    def row(selected, **more):
+        return {"worst": [worst(r) for r in selected], "from_before": [], "from_erm": [], "last": [],
+                "mean": [100 * r["test"]["acc_mean_train_mix"] for r in selected], **more}
+    runs = dict.fromkeys(run for by_run in settings.values() for run in by_run)
+    stages = [(path.parents[1], json.loads(path.read_text())) for run in runs for path in sorted(run.glob("*/results.json"))]
+    continued = {(run, budget(r)): worst(r["splits"]) for run, r in stages if r["stage"] == "finetune" and r["method"] == "erm"}
+    start = {(run, r["start_epoch"]): r["before"] for by_run in settings.values() for run, r in by_run.items()}
+    table = {"ERM, selected epoch": row([r["splits"] for _, r in stages if r["stage"] == "erm"]),
+             "ERM, before fine-tuning": row(start.values())}
     for name, by_run in settings.items():
-        after = [r["splits"] for r in by_run.values()]
-        pairs = {key(run, r): r for run, r in by_run.items() if r["method"] != "erm"}
-        worst, before = percent_of(after, "acc_worst"), percent_of([r["before"] for r in by_run.values()], "acc_worst")
-        table[name] = {
-            "worst": worst, "from_before": [a - b for a, b in zip(worst, before)],
-            "from_erm": [100 * (r["splits"]["test"]["acc_worst"] - erm[k]) for k, r in pairs.items() if k in erm],
-            "last": percent_of([r["last"] for r in by_run.values()], "acc_worst"), "mean": percent_of(after, "acc_mean_train_mix")}
-    return table
+        table[name] = row(
+            [r["splits"] for r in by_run.values()], last=[worst(r["last"]) for r in by_run.values()],
+            from_before=[worst(r["splits"]) - worst(r["before"]) for r in by_run.values()],
+            from_erm=[worst(r["splits"]) - continued[run, budget(r)] for run, r in by_run.items()
+                      if r["method"] != "erm" and (run, budget(r)) in continued])
+    return {name: columns for name, columns in table.items() if columns["worst"]}
 
 
 def cell(values):
@@ -497,9 +501,9 @@ def plot_compare(tables, path):
     width = len(tables) * (1.5 + 0.75 * most)
     fig, axes = plt.subplots(1, len(tables), figsize=(width, 3.8), layout="constrained", sharey=True, squeeze=False)
     for ax, (data, table) in zip(axes[0], tables.items()):
-        for i, row in enumerate(table.values()):
+        for i, (name, row) in enumerate(table.items()):
             spread = np.std(row["worst"], ddof=1) if len(row["worst"]) > 1 else None
-            ax.bar(i, np.mean(row["worst"]), 0.7, yerr=spread, color="0.8" if i == 0 else "0.55", edgecolor="black", lw=0.5,
+            ax.bar(i, np.mean(row["worst"]), 0.7, yerr=spread, color="0.8" if name.startswith("ERM") else "0.55", edgecolor="black", lw=0.5,
                    error_kw={"capsize": 3})
             ax.plot([i] * len(row["worst"]), row["worst"], "o", mfc="white", color="black", ms=3.5, lw=0)
         ax.set_xticks(range(len(table)), [name.replace("finetune-", "") for name in table], rotation=35, ha="right", fontsize=8)

@@ -264,7 +264,8 @@ def test_selection_spread():
 def results(method, before, after, last, start_epoch=40, epochs=20, data="/data/waterbirds"):
     def splits(worst):
         return {"test": {"acc_worst": worst, "acc_mean_train_mix": 0.9}}
-    return {"stage": "finetune", "method": method, "data": data, "start_epoch": start_epoch, "epochs": epochs,
+    return {"stage": "finetune", "method": method, "data": data, "start_epoch": start_epoch, "epochs": epochs, "lr": 2e-4,
+            "batch_size": 256, "augment": "table1", "seed": 0,
             "before": splits(before), "splits": splits(after), "last": splits(last)}
 
 
@@ -272,7 +273,7 @@ def test_compare_pairs_by_run_folder(tmp_path, capsys):
     """Gains over ERM continued: 10 and 20 points, paired; over the start 30 and 10."""
     for run, numbers in (("wb0", (0.4, 0.6, 0.7)), ("wb1", (0.5, 0.4, 0.6))):
         before, erm, ours = numbers
-        for name, content in (("erm", {"stage": "erm"}), ("finetune-erm", results("erm", before, erm, erm)),
+        for name, content in (("erm", {"stage": "erm", "splits": {"test": {"acc_worst": 0.3, "acc_mean_train_mix": 0.9}}}), ("finetune-erm", results("erm", before, erm, erm)),
                               ("finetune-magnitude", results("contrastive", before, ours, 0.1)),
                               ("finetune-short", results("contrastive", before, ours, 0.1, epochs=10))):
             (tmp_path / run / name).mkdir(parents=True)
@@ -282,11 +283,17 @@ def test_compare_pairs_by_run_folder(tmp_path, capsys):
     assert table["finetune-magnitude"]["worst"] == pytest.approx([70, 60])
     assert table["finetune-magnitude"]["from_erm"] == pytest.approx([10, 20])
     assert table["finetune-magnitude"]["from_before"] == pytest.approx([30, 10])
-    assert table["ERM before fine-tuning"]["worst"] == pytest.approx([40, 50]) and table["finetune-short"]["from_erm"] == []
+    assert table["ERM, before fine-tuning"]["worst"] == pytest.approx([40, 50]) and table["finetune-short"]["from_erm"] == []
     out = capsys.readouterr().out
     assert "65.0 +- 7.1 (2)" in out and "15.0 +- 7.1 (2)" in out and "20.0 +- 14.1 (2)" in out and "10.0 +- 0.0 (2)" in out
     with Image.open(tmp_path / "out" / "fig06.png") as image:
         assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5
+
+
+    stage.compare([tmp_path / run / "finetune-magnitude" for run in ("wb0", "wb1")], tmp_path / "out" / "fig06.png")
+    table = json.loads((tmp_path / "out" / "fig06.json").read_text())["waterbirds"]  # the control is found all the same
+    assert list(table) == ["ERM, selected epoch", "ERM, before fine-tuning", "finetune-magnitude"]
+    assert table["finetune-magnitude"]["from_erm"] == pytest.approx([10, 20])
 
 
 def test_compare_without_runs(tmp_path):

@@ -115,9 +115,33 @@ def test_verdict_says_yes_and_no():
     for observed in (-5, 0, 30):  # a small loss, nothing, and a gain however large
         no = trace_neurons.compare(rows_for(observed, null), "magnitude", groups, [1], args)
         assert no["beats"] == {1: False} and "? no: " in no["sentence"]
+    for lost in (-1, -2):  # as rare as the loss of 30 where random sets only gain, but a matter of an image or two
+        small = trace_neurons.compare(rows_for(lost, [0, 1] * 20), "magnitude", groups, [1], args)
+        assert small["tests"][0]["p"] == 1 / 41 and small["beats"] == {1: False}
+        assert f"? no: G1* {lost:+.1f} points ({lost:+d} of 100 images), rare but within 2 images of them," in small["sentence"]
+    assert trace_neurons.compare(rows_for(-3, [0, 1] * 20), "magnitude", groups, [1], args)["beats"] == {1: True}
+    for lost, beats in ((-22, False), (-23, True)):  # where random sets lose 20 each, so much more counts and not the whole loss
+        assert trace_neurons.compare(rows_for(lost, [-20] * 40), "magnitude", groups, [1], args)["beats"] == {1: beats}
     args.controls = 0
     assert "not compared" in trace_neurons.compare([], "magnitude", groups, [1], args)["sentence"]
     assert trace_neurons.p_value(-5, [-6, -5, -4, 7]) == 3 / 5  # as low or lower, the observed set counted in
+
+
+def test_random_modifications_are_made_where_they_are_shown(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trace_neurons.py"])
+    args = trace_neurons.parse_args()
+    ranked = {(criterion, by): [("conv1", i) for i in range(10)] for criterion, by in (("magnitude", "all"), ("gradient", 0), ("gradient", 1))}
+    draws = 3 * 3 * 10  # sigmas, ks, repeats
+    train, test = ([(key[0], key[1], key[5], v.groups) for key, v in trace_neurons.plan(args, ranked, name)] for name in ("train", "test"))
+    for planned in (train, test):
+        assert planned.count(("gradient", "zero", 0, None)) == planned.count(("magnitude", "zero", "all", None)) == 5  # all groups
+        assert planned.count(("gradient", "random-noise", 1, (1,))) == draws
+    assert train.count(("gradient", "random-init", 1, (1,))) == train.count(("magnitude", "random-noise", "all", None)) == draws
+    assert len(train) == 3 * (5 + 2 * draws) and len(test) == 3 * 5 + 2 * draws
+    args.all_groups = True
+    for name in ("train", "test"):
+        planned = trace_neurons.plan(args, ranked, name)
+        assert len(planned) == len(train) and all(v.groups is None for _, v in planned)
 
 
 def test_changes_are_signed_and_percentiles_ascend():
@@ -210,14 +234,16 @@ def test_bad_input(run, tmp_path, monkeypatch):
     best.write_bytes(whole)
     refused(trace_neurons, "no such file", "--data", tmp_path / "gone")
     refused(trace_neurons, "is not what", "--data", "synthetic")
-    refused(trace_neurons, "has 2880 neurons", "--top-k", 1, 2, 3, 9999)
+    refused(trace_neurons, "expected 1 to 2880", "--top-k", 1, 2, 3, 9999)
     refused(trace_neurons, "do nothing", "--sigma")
     refused(trace_neurons, "do nothing", "--sigma", 0.0)
     refused(trace_neurons, "at least 19", "--controls", 5)
     refused(structured_trace, "not a prunable layer", "--layers", "fc")
+    for script in (trace_neurons, structured_trace):
+        refused(script, "at least 1", "--max-per-group", 0)
 
 
 def test_structured_clips_k(run, monkeypatch, capsys):
     run_main(structured_trace, monkeypatch, "--run", run / "run", "--cache", run / "cache", "--k", 100, "--layers", "conv1", "layer4.0.conv1")
-    assert "1 layers have fewer than 100 neurons" in capsys.readouterr().err
+    assert "fewer than 100 neurons lose all of them: conv1 (64)\n" in capsys.readouterr().err
     assert {(row["layer"], row["k"]) for row in read(run / "run/structured/layers.csv")} == {("conv1", "64"), ("layer4.0.conv1", "100")}

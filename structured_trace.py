@@ -159,9 +159,9 @@ def plot_heat(heat, layers, groups, args, path):
         ax.set_yticks(range(len(groups)), names, fontsize=8)
         ax.set_title(f"{args.k} neurons of largest {criterion}", fontsize=10)
     axes[1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
-    axes[1].set_xlabel("layer, from input to output")
+    axes[1].set_xlabel("layer, from input to output (* minority group)")
     fig.colorbar(image, ax=axes, label=f"|change| in {args.split} accuracy\n(percentage points; + marks a rise)")
-    fig.savefig(path, dpi=120)
+    fig.savefig(path, dpi=100)
     plt.close(fig)
 
 

@@ -16,8 +16,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from common import (BadInput, Variant, accuracy_under, gradient_scores, is_transformer, magnitude_scores, one_line_errors,
-                    plain, prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_csv, write_json)
+from common import (BadInput, Variant, accuracy_under, check_flags, gradient_scores, is_transformer, magnitude_scores,
+                    one_line_errors, plain, prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_csv,
+                    write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -51,6 +52,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    check_flags(args, "k", "batch_size", *(["max_per_group"] if args.max_per_group is not None else []))
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, splits = reopen(args.checkpoint, args.data, args.cache, args.device, {"train", args.split})
     model.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU
@@ -97,8 +99,6 @@ def choose_layers(args, sizes):
     if unknown:
         raise BadInput(f"--layers {unknown[0]}: not a prunable layer of this network; its {len(sizes)} layers are "
                        f"{', '.join(list(sizes)[:6])}, ...")
-    if args.k < 1 or args.batch_size < 1 or (args.max_per_group is not None and args.max_per_group < 1):
-        raise BadInput("--k, --batch-size and --max-per-group must be at least 1")
     layers = [layer for layer in sizes if layer in (args.layers or sizes)]
     small = [layer for layer in layers if sizes[layer] < args.k]
     if small:

@@ -1,6 +1,6 @@
 """Stage 2: unstructured tracing. Which few neurons of the whole network carry a group's training accuracy?
 
-    python trace_neurons.py                                     # the run of train_erm.py, a minute on two cores
+    python trace_neurons.py                                     # the run of train_erm.py, two minutes on one core
     python trace_neurons.py --run runs/wb0 --max-per-group 200
 
 Paper: section 2.1.1, Figures 2-5, 8, 11, 12, Tables 3, 11, 13, 14. Neurons with the largest gradient (one set
@@ -21,9 +21,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, gradient_scores, group_report, is_transformer, locate,
-                    magnitude_scores, one_line_errors, plain, predict, prunable_layers, reopen, sample_groups, start_run,
-                    top_neurons, worst_images, write_csv, write_json)
+from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, check_flags, gradient_scores, group_report,
+                    is_transformer, locate, magnitude_scores, one_line_errors, plain, predict, prunable_layers, reopen,
+                    sample_groups, start_run, top_neurons, worst_images, write_csv, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -82,12 +82,11 @@ def check(args, n_neurons):
     if args.controls and (args.controls < 19 or args.control_k not in args.top_k or "zero" not in args.modifications):
         raise BadInput("--controls: at least 19 sets (fewer cannot give p <= 0.05), --control-k among --top-k and zero among "
                        "--modifications are needed; or --controls 0")
-    if args.batch_size < 1 or (args.max_per_group is not None and args.max_per_group < 1):
-        raise BadInput("--batch-size and --max-per-group must be at least 1")
 
 
 def main():
     args = parse_args()
+    check_flags(args, "batch_size", *(["max_per_group"] if args.max_per_group is not None else []))
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, splits = reopen(args.checkpoint, args.data, args.cache, args.device)
     model.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU

@@ -242,7 +242,8 @@ def test_bad_input(run, tmp_path, monkeypatch):
     refused(trace_neurons, "at least 19", "--controls", 5)
     refused(structured_trace, "not a prunable layer", "--layers", "fc")
     for script in (trace_neurons, structured_trace):
-        refused(script, "at least 1", "--max-per-group", 0)
+        refused(script, "--max-per-group 0: must be positive", "--max-per-group", 0)
+        refused(script, "--device nonsense", "--device", "nonsense")
 
 
 def test_structured_clips_k(run, monkeypatch, capsys):

@@ -233,7 +233,7 @@ def verdict(criterion, beats, tests, groups, k):
         both = [test for test in tests if test["group"] == j]
         observed = f"G{j}* {both[0]['observed']:+.1f} points ({both[0]['observed_images']:+d} of {both[0]['n']} images)"
         if not beats[j] and all(test["p"] <= 0.05 for test in both):
-            observed += f", rare but within {FEW} images of them,"
+            observed += f", rare but within {FEW} images of what random ones lose,"
         null = [f"{t['null_mean']:+.1f} for random ones of {t['random'].replace('same', 'the same')} (p = {t['p']:.3f})"
                 for t in both]
         parts.append(f"{observed} against {' and '.join(null)}")

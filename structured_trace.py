@@ -16,8 +16,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from common import (BadInput, Variant, accuracy_under, gradient_scores, is_transformer, magnitude_scores, one_line_errors, plain,
-                    prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_csv, write_json)
+from common import (BadInput, Variant, accuracy_under, check_flags, gradient_scores, is_transformer, magnitude_scores,
+                    one_line_errors, plain, prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_csv,
+                    write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -37,9 +38,11 @@ def parse_args():
     p.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (default %(default)s)")
     p.add_argument("--layers", nargs="+", help="layers to trace, by name (default all prunable ones)")
     p.add_argument("--split", choices=["train", "test"], default="train",
-                   help="images whose accuracy is measured; neurons come from training images in any case (default %(default)s)")
+                   help="images whose accuracy is measured; neurons come from training images in any case (default "
+                        "%(default)s)")
     p.add_argument("--max-per-group", type=int,
-                   help="trace a random sample of so many images of each group; minority groups in training always whole (default all; synthetic: 100)")
+                   help="trace a random sample of so many images of each group; minority groups in training always whole "
+                        "(default all; synthetic: 100)")
     p.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     p.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")
@@ -49,12 +52,13 @@ def parse_args():
 
 def main():
     args = parse_args()
+    check_flags(args, "k", "batch_size", *(["max_per_group"] if args.max_per_group is not None else []))
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
-    model, checkpoint, splits = reopen(args.checkpoint, args.data, args.cache, args.device, tuple(dict.fromkeys(("train", args.split))))
-    size, train, split = checkpoint["size"], splits["train"], splits[args.split]
-    groups = split.groups
-    if args.max_per_group is None:
-        args.max_per_group = DEFAULTS["synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"]["max_per_group"]
+    model, checkpoint, splits = reopen(args.checkpoint, args.data, args.cache, args.device, {"train", args.split})
+    model.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU
+    size, train, split, groups = checkpoint["size"], splits["train"], splits[args.split], splits["train"].groups
+    defaults = DEFAULTS["synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"]
+    args.max_per_group = defaults["max_per_group"] if args.max_per_group is None else args.max_per_group
     unit = {"auto": "weight" if is_transformer(model) else "channel"}.get(args.unit, args.unit)
     sizes = {layer: w.numel() if unit == "weight" else len(w) for layer, w in prunable_layers(model).items()}
     layers = choose_layers(args, sizes)
@@ -62,17 +66,18 @@ def main():
 
     # Neurons of every layer: one set by magnitude, one per group by gradient, from training images
     minority = [g["group"] for g in groups if g["minority"]]
-    sample = {name: sample_groups(s, args.max_per_group, minority if name == "train" else (), args.seed) for name, s in splits.items()}
+    sample = {name: sample_groups(images, args.max_per_group, minority if name == "train" else (), args.seed)
+              for name, images in splits.items()}
     scores = {("magnitude", "all"): magnitude_scores(model, unit)}
     for j in range(len(groups)):
         members = sample["train"][train.g[sample["train"]] == j]
         scores["gradient", j] = gradient_scores(model, train, members, size, unit, args.device, args.batch_size)
     keys = [(layer, criterion, by) for layer in layers for criterion, by in scores]
-    variants = [Variant(top_neurons({layer: scores[criterion, by][layer]}, min(args.k, sizes[layer])), groups=None if by == "all" else (by,))
-                for layer, criterion, by in keys]
+    variants = [Variant(top_neurons({layer: scores[criterion, by][layer]}, min(args.k, sizes[layer])),
+                        groups=None if by == "all" else (by,)) for layer, criterion, by in keys]
     counts = accuracy_under(model, split, size, variants, unit, sample[args.split], args.device, args.batch_size)
-    rows = [{"layer": layer, "criterion": criterion, "selected_by": by, "k": len(variant.neurons), "split": args.split, "group": j, **count,
-             "change_percent": round(100 * (count["correct_after"] - count["correct_before"]) / count["n"], 4)}
+    rows = [{"layer": layer, "criterion": criterion, "selected_by": by, "k": len(variant.neurons), "split": args.split,
+             "group": j, **count, "change_percent": round(change(count), 4)}
             for (layer, criterion, by), variant, by_group in zip(keys, variants, counts) for j, count in by_group.items()]
 
     folder = args.run / "structured"
@@ -81,8 +86,9 @@ def main():
     start_run(folder, args, "new")
     write_csv(folder / "layers.csv", rows)
     plot_heat(heat, layers, groups, args, folder / "fig07_layers.png")
-    write_json(folder / "results.json", {"stage": "structured", "checkpoint": str(args.checkpoint), "epoch": checkpoint.get("epoch"), "unit": unit,
-                                         "split": args.split, "k": args.k, "layers": layers, "summary": summary})
+    write_json(folder / "results.json", {
+        "stage": "structured", "checkpoint": str(args.checkpoint), "epoch": checkpoint.get("epoch"), "unit": unit,
+        "split": args.split, "k": args.k, "layers": layers, "summary": summary})
     print_summary(summary, groups, args)
     print(f"wrote {folder}/")
 
@@ -91,19 +97,24 @@ def choose_layers(args, sizes):
     """Names of the layers to trace, in network order. Raises BadInput; says where k is clipped."""
     unknown = [layer for layer in args.layers or [] if layer not in sizes]
     if unknown:
-        raise BadInput(f"--layers {unknown[0]}: not a prunable layer of this network; it has {', '.join(list(sizes)[:6])}, ...")
-    if args.k < 1 or args.batch_size < 1 or (args.max_per_group or 1) < 1:
-        raise BadInput("--k, --batch-size and --max-per-group must be at least 1")
+        raise BadInput(f"--layers {unknown[0]}: not a prunable layer of this network; its {len(sizes)} layers are "
+                       f"{', '.join(list(sizes)[:6])}, ...")
     layers = [layer for layer in sizes if layer in (args.layers or sizes)]
     small = [layer for layer in layers if sizes[layer] < args.k]
     if small:
-        warn(f"{len(small)} layers have fewer than {args.k} neurons and lose all of them: " + ", ".join(f"{layer} ({sizes[layer]})" for layer in small[:5]))
+        warn(f"layers with fewer than {args.k} neurons lose all of them: "
+             + ", ".join(f"{layer} ({sizes[layer]})" for layer in small))
     return layers
+
+
+def change(row):
+    """Accuracy after minus before, in percentage points."""
+    return 100 * (row["correct_after"] - row["correct_before"]) / row["n"]
 
 
 def heat_map(rows, criterion, layers, groups):
     """Signed changes in percentage points, (groups, layers): each group under its own neurons; NaN: no image."""
-    cells = {(row["group"], row["layer"]): 100 * (row["correct_after"] - row["correct_before"]) / row["n"] for row in rows if row["criterion"] == criterion}
+    cells = {(row["group"], row["layer"]): change(row) for row in rows if row["criterion"] == criterion}
     return np.array([[cells.get((g["group"], layer), np.nan) for layer in layers] for g in groups])
 
 
@@ -114,7 +125,8 @@ def summarize_layers(heat, layers, groups):
     for g, values in zip(groups, heat):
         if np.isfinite(values).all():
             largest = int(np.abs(values).argmax())
-            result["groups"].append({"group": g["group"], "mean": float(values.mean()), "largest": float(values[largest]), "layer": layers[largest]})
+            result["groups"].append({"group": g["group"], "mean": float(values.mean()),
+                                     "largest": float(values[largest]), "layer": layers[largest]})
     third = np.arange(len(layers)) * 3 // len(layers)
     total = np.nansum(np.abs(heat[[g["minority"] for g in groups]]), axis=0)
     if total.sum() > 0:
@@ -126,8 +138,8 @@ def print_summary(summary, groups, args):
     print(f"\nChange in {args.split} accuracy by zeroing {args.k} neurons of one layer, percentage points, * minority")
     for criterion in CRITERIA:
         for row in summary[criterion]["groups"]:
-            g = groups[row["group"]]
-            print(f"{criterion:10s} {g['group']} {g['name'] + ('*' if g['minority'] else ''):28s} mean {row['mean']:+7.2f}  largest {row['largest']:+7.2f} in {row['layer']}")
+            name = f"{row['group']} {groups[row['group']]['name']}{'*' if groups[row['group']]['minority'] else ''}"
+            print(f"{criterion:10s} {name:30s} mean {row['mean']:+7.2f}  largest {row['largest']:+7.2f} in {row['layer']}")
         thirds = summary[criterion]["thirds"]
         print(f"{criterion}: " + ("no minority accuracy changed" if thirds is None else "of all minority change (absolute) "
               + ", ".join(f"{100 * share:.0f} % in the {name} third" for name, share in thirds.items()) + " of the layers"))
@@ -141,13 +153,15 @@ def plot_heat(heat, layers, groups, args, path):
     for ax, criterion in zip(axes, CRITERIA):
         image = ax.imshow(np.abs(heat[criterion]), cmap="Greys", vmin=0, vmax=most, aspect="auto")
         for i, j in zip(*np.nonzero(heat[criterion] > 0)):
-            ax.text(j, i, "+", ha="center", va="center", fontsize=7, color="white" if heat[criterion][i, j] > most / 2 else "black")
-        ax.set_yticks(range(len(groups)), [f"G{g['group']}{'*' if g['minority'] else ''} {g['name']}" for g in groups], fontsize=8)
+            colour = "white" if heat[criterion][i, j] > most / 2 else "black"
+            ax.text(j, i, "+", ha="center", va="center", fontsize=7, color=colour)
+        names = [f"G{g['group']}{'*' if g['minority'] else ''} {g['name']}" for g in groups]
+        ax.set_yticks(range(len(groups)), names, fontsize=8)
         ax.set_title(f"{args.k} neurons of largest {criterion}", fontsize=10)
     axes[1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
-    axes[1].set_xlabel("layer, from input to output")
+    axes[1].set_xlabel("layer, from input to output (* minority group)")
     fig.colorbar(image, ax=axes, label=f"|change| in {args.split} accuracy\n(percentage points; + marks a rise)")
-    fig.savefig(path, dpi=120)
+    fig.savefig(path, dpi=100)
     plt.close(fig)
 
 

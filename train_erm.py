@@ -140,11 +140,12 @@ def main():
                         cuda_rng=torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [])
         print_epoch(log[-1], args.epochs)
 
-    # The test split is read here and nowhere else: for the selected epoch, and for the last one
+    # The test split is read here and nowhere else: for the selected epoch, and for the last one where that is another
     results = {"stage": "erm", "select": args.select, "epochs": args.epochs, "selected_epoch": best["epoch"]}
     for key, name in (("splits", "best.pt"), ("last", "last.pt")):
         model, checkpoint = load_model(folder / name, args.device)
-        test = evaluate(model, splits["test"], args.size, args.device, args.batch_size)
+        known = key == "last" and best["epoch"] == args.epochs
+        test = results["splits"]["test"] if known else evaluate(model, splits["test"], args.size, args.device, args.batch_size)
         results[key] = {**checkpoint["metrics"], "test": test}
     write_json(folder / "results.json", results)
     plot_groups(results, folder / "fig01_group_accuracy.png")

@@ -1,76 +1,134 @@
-"""Prints the speed and memory figures of stages 2 and 3; asserts nothing.   python -m tests.bench_trace [--images 8]"""
+"""Prints the speed and memory figures of stages 2 and 3; asserts nothing.   python -m tests.bench_trace [--images 12]"""
 
 import argparse
+import random
 import subprocess
 import sys
 import time
+from collections import Counter
+from unittest import mock
 
 import torch
 
-from common import Variant, build_model, logits_under, magnitude_scores, modified, prunable_layers, stages, top_neurons
+import trace_neurons
+from common import (Split, Variant, build_model, describe_groups, gradient_scores, logits_under, magnitude_scores, modified,
+                    normalize, prunable_layers, stages, top_neurons)
+
+COUNTS = (3498, 184, 56, 1057)  # Waterbirds' training groups; G1 and G2 are minorities
 
 
-def ratio(name, model, x, variants, repeats):
-    """Sharing the prefix against full forward passes of the same variants, interleaved, stage search included."""
-    shared, full = [], []
+def seconds(work):
+    """Processor time: unlike the clock on the wall it leaves out whatever else the machine does."""
+    started = time.process_time()
     with torch.inference_mode():
-        for _ in range(repeats):
-            started = time.perf_counter()
-            chain = stages(model, x[:1])
-            searched = time.perf_counter()
-            for _ in logits_under(model, x, variants, chain=chain):
-                pass
-            middle = time.perf_counter()
+        work()
+    return time.process_time() - started
+
+
+def engine(model, x, variants, chain):
+    for _ in logits_under(model, x, variants, chain=chain):
+        pass
+
+
+def full_passes(model, x, variants):
+    """The plain way: every variant by a full forward pass, and the model as it is."""
+    model(x)
+    for v in variants:
+        with modified(model, v.neurons, v.how, v.sigma, v.seed):
             model(x)
-            for v in variants:
-                with modified(model, v.neurons, v.how, v.sigma, v.seed):
-                    model(x)
-            shared.append(middle - searched)
-            full.append(time.perf_counter() - middle)
-            print(f"  {name}: shared {shared[-1]:.1f} s, full {full[-1]:.1f} s, search for cuts (once a run) {searched - started:.1f} s", flush=True)
-    ratios = sorted(a / b for a, b in zip(shared, full))
-    print(f"{name}, {len(variants)} variants, {len(x)} images: ratio {ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
 
 
-def memory(what, arch, size, images):
+def spread(ratios):
+    ratios = sorted(ratios)
+    return f"ratio {ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def structured(model, x, repeats):
+    """Three neurons of every layer, both criteria, on one batch; the plain way in turn with the engine."""
+    variants = [Variant(top_neurons({layer: values}, 3)) for layer, values in magnitude_scores(model).items()] * 2
+    chain, ratios = stages(model, x[:1]), []
+    for _ in range(repeats):
+        shared = seconds(lambda: engine(model, x, variants, chain))
+        full = seconds(lambda: full_passes(model, x, variants))
+        ratios.append(shared / full)
+        print(f"  structured: engine {shared:.1f} s, full passes {full:.1f} s", flush=True)
+    print(f"structured trace, {len(variants)} variants, against full forward passes: {spread(ratios)}", flush=True)
+
+
+def planned(model, images):
+    """What trace_neurons.py evaluates by default for four groups: a list of (group, variant), training images first."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.repeat_interleave(torch.arange(4), images)
+    pixels = torch.randint(0, 256, (len(g), 3, 224, 224), generator=generator, dtype=torch.uint8)
+    split = Split(pixels, g // 2, g % 2, g, None, None, describe_groups("abcd", COUNTS, 2))
+    scores = {("magnitude", "all"): magnitude_scores(model)}
+    for j in range(4):
+        scores["gradient", j] = gradient_scores(model, split, (g == j).nonzero()[:, 0], 224)
+    ranked = {key: top_neurons(values, 10) for key, values in scores.items()}
+    with mock.patch("sys.argv", ["trace_neurons.py"]):
+        args = trace_neurons.parse_args()
+    sizes = {layer: len(values) for layer, values in scores["magnitude", "all"].items()}
+    sets = (trace_neurons.plan(args, ranked, "train") + trace_neurons.random_sets(args, ranked, sizes, [1, 2])
+            + trace_neurons.plan(args, ranked, "test"))
+    for (criterion, by), neurons in ranked.items():
+        print(f"  top 3 by {criterion} {by}: " + ", ".join(layer for layer, _ in neurons[:3]))
+    pairs = [(j, v) for _, v in sets for j in (range(4) if v.groups is None else v.groups)]
+    print(f"  default trace: {len(sets)} variants, {len(pairs)} pairs of a variant and a group, against {4 * len(sets)} "
+          f"for every variant on every group: {len(pairs) / len(sets) / 4:.2f}", flush=True)
+    return split, pairs, 4 * len(sets)
+
+
+def unstructured(model, images, repeats, share):
+    """The default trace as trace_neurons.py plans it, of which a random share of the (variant, group) pairs is timed,
+    as many images for each group. Against (i) the same pairs by full passes, (ii) every variant on every group."""
+    split, pairs, everything = planned(model, images)
+    x = normalize(split.images.float() / 255, model)
+    chain, same, plain = stages(model, x[:1]), [], []
+    for repeat in range(repeats):
+        chosen = random.Random(repeat).sample(pairs, round(share * len(pairs)))
+        of_group = {j: [v for i, v in chosen if i == j] for j in range(4)}
+        shared = sum(seconds(lambda: engine(model, x[split.g == j], of_group[j], chain)) for j in range(4))
+        full = sum(seconds(lambda: full_passes(model, x[split.g == j], of_group[j])) for j in range(4))
+        same.append(shared / full)
+        plain.append(shared / full * len(pairs) / everything)
+        print(f"  unstructured, {len(chosen)} pairs: engine {shared:.1f} s, full passes {full:.1f} s", flush=True)
+    first = Counter(min(chain[1][layer] for layer, _ in v.neurons) for _, v in pairs).most_common(5)
+    print(f"  first modified stage, from 0 to {len(chain[0])}: "
+          + ", ".join(f"{stage} of {100 * n / len(pairs):.0f} %" for stage, n in sorted(first)))
+    print(f"unstructured trace, against the same variants and images by full passes: {spread(same)}")
+    print(f"unstructured trace, against every variant on every group by full passes: {spread(plain)}", flush=True)
+
+
+def memory(what, images):
     """Peak resident memory in MB of a fresh process: one evaluation pass, or the trace of every layer."""
     import resource
     torch.manual_seed(0)
-    model, x = build_model(arch, 2, size), torch.rand(images, 3, size, size)
-    with torch.inference_mode():
-        if what == "pass":
-            model(x)
-        else:
-            for _ in logits_under(model, x, [Variant([(layer, 0)]) for layer in prunable_layers(model)] * 2):
-                pass
+    model, x = build_model("resnet50", 2, 224), torch.rand(images, 3, 224, 224)
+    variants = [Variant([(layer, 0)]) for layer in prunable_layers(model)] * 2
+    seconds(lambda: model(x) if what == "pass" else engine(model, x, variants, None))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    p.add_argument("--images", type=int, default=8, help="images per forward pass (default %(default)s)")
+    p.add_argument("--images", type=int, default=12, help="images per forward pass, of each group (default %(default)s)")
     p.add_argument("--repeats", type=int, default=2, help="(default %(default)s)")
+    p.add_argument("--share", type=float, default=0.02, help="of the unstructured trace that is timed (default %(default)s)")
     p.add_argument("--memory", choices=["pass", "trace"], help="used by the benchmark itself, in a process of its own")
     args = p.parse_args()
     if args.memory:
-        return memory(args.memory, "resnet50", 224, 32)
+        return memory(args.memory, 32)
+    # First, as a new process starts with the peak of the one that starts it
+    peaks = {what: float(subprocess.run([sys.executable, "-m", "tests.bench_trace", "--memory", what], capture_output=True,
+                                        text=True, check=True).stdout.split()[-1]) for what in ("pass", "trace")}
+    print(f"peak memory, 32 images: one pass {peaks['pass']:.0f} MB, trace {peaks['trace']:.0f} MB, "
+          f"ratio {peaks['trace'] / peaks['pass']:.2f}")
     torch.manual_seed(0)
-    model, x = build_model("resnet50", 2, 224), torch.rand(args.images, 3, 224, 224)
-    scores = magnitude_scores(model)
-    structured = [Variant(top_neurons({layer: values}, 3)) for layer, values in scores.items() for _ in range(2)]  # one for each criterion
-    ratio("structured, ResNet-50", model, x, structured, args.repeats)
-    # Where the top neurons lie decides the gain: the largest by magnitude, and single neurons at random
-    generator = torch.Generator().manual_seed(0)
-    layers = [layer for layer, values in scores.items() for _ in values]
-    drawn = [Variant([(layers[i], 0)]) for i in torch.randint(len(layers), (40,), generator=generator).tolist()]
-    top = [Variant(top_neurons(scores, k), how, 0.01 if how != "zero" else 0) for k in (1, 2, 3, 5, 10) for how in ("zero", "random-init", "random-noise")]
-    ratio("unstructured, ResNet-50, by magnitude", model, x, top, args.repeats)
-    ratio("unstructured, ResNet-50, single neurons at random", model, x, drawn, args.repeats)
-    peaks = {what: float(subprocess.run([sys.executable, "-m", "tests.bench_trace", "--memory", what], capture_output=True, text=True, check=True).stdout.split()[-1])
-             for what in ("pass", "trace")}
-    print(f"peak memory, ResNet-50, 32 images: one pass {peaks['pass']:.0f} MB, trace {peaks['trace']:.0f} MB, ratio {peaks['trace'] / peaks['pass']:.2f}")
+    model = build_model("resnet50", 2, 224).to(memory_format=torch.channels_last)  # as in the scripts
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, untrained ResNet-50, {args.images} images")
+    structured(model, torch.rand(args.images, 3, 224, 224), args.repeats)
+    unstructured(model, args.images, args.repeats, args.share)
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     main()

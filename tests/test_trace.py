@@ -115,9 +115,35 @@ def test_verdict_says_yes_and_no():
     for observed in (-5, 0, 30):  # a small loss, nothing, and a gain however large
         no = trace_neurons.compare(rows_for(observed, null), "magnitude", groups, [1], args)
         assert no["beats"] == {1: False} and "? no: " in no["sentence"]
+    for lost in (-1, -2):  # where random sets only gain this is as rare as a loss of 30
+        small = trace_neurons.compare(rows_for(lost, [0, 1] * 20), "magnitude", groups, [1], args)
+        assert small["tests"][0]["p"] == 1 / 41 and small["beats"] == {1: False}
+        assert f"? no: G1* {lost:+.1f} points ({lost:+d} of 100 images), rare but within 2 images" in small["sentence"]
+    assert trace_neurons.compare(rows_for(-3, [0, 1] * 20), "magnitude", groups, [1], args)["beats"] == {1: True}
+    for lost, beats in ((-22, False), (-23, True)):  # where random sets lose 20 each, what counts is the rest
+        assert trace_neurons.compare(rows_for(lost, [-20] * 40), "magnitude", groups, [1], args)["beats"] == {1: beats}
     args.controls = 0
     assert "not compared" in trace_neurons.compare([], "magnitude", groups, [1], args)["sentence"]
     assert trace_neurons.p_value(-5, [-6, -5, -4, 7]) == 3 / 5  # as low or lower, the observed set counted in
+
+
+def test_random_modifications_are_made_where_they_are_shown(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trace_neurons.py"])
+    args = trace_neurons.parse_args()
+    ranked = {key: [("conv1", i) for i in range(10)] for key in (("magnitude", "all"), ("gradient", 0), ("gradient", 1))}
+    draws = 3 * 3 * 10  # sigmas, ks, repeats
+    train, test = ([(key[0], key[1], key[5], variant.groups) for key, variant in trace_neurons.plan(args, ranked, name)]
+                   for name in ("train", "test"))
+    for planned in (train, test):
+        assert planned.count(("gradient", "zero", 0, None)) == planned.count(("magnitude", "zero", "all", None)) == 5
+        assert planned.count(("gradient", "random-noise", 1, (1,))) == draws  # on its own group; zeroing on all groups
+    assert train.count(("gradient", "random-init", 1, (1,))) == draws
+    assert train.count(("magnitude", "random-noise", "all", None)) == draws
+    assert len(train) == 3 * (5 + 2 * draws) and len(test) == 3 * 5 + 2 * draws
+    args.all_groups = True
+    for name in ("train", "test"):
+        planned = trace_neurons.plan(args, ranked, name)
+        assert len(planned) == len(train) and all(v.groups is None for _, v in planned)
 
 
 def test_changes_are_signed_and_percentiles_ascend():
@@ -210,14 +236,36 @@ def test_bad_input(run, tmp_path, monkeypatch):
     best.write_bytes(whole)
     refused(trace_neurons, "no such file", "--data", tmp_path / "gone")
     refused(trace_neurons, "is not what", "--data", "synthetic")
-    refused(trace_neurons, "has 2880 neurons", "--top-k", 1, 2, 3, 9999)
+    refused(trace_neurons, "expected 1 to 2880", "--top-k", 1, 2, 3, 9999)
     refused(trace_neurons, "do nothing", "--sigma")
     refused(trace_neurons, "do nothing", "--sigma", 0.0)
     refused(trace_neurons, "at least 19", "--controls", 5)
     refused(structured_trace, "not a prunable layer", "--layers", "fc")
+    for script in (trace_neurons, structured_trace):
+        refused(script, "--max-per-group 0: must be positive", "--max-per-group", 0)
+        refused(script, "--device nonsense", "--device", "nonsense")
 
 
 def test_structured_clips_k(run, monkeypatch, capsys):
     run_main(structured_trace, monkeypatch, "--run", run / "run", "--cache", run / "cache", "--k", 100, "--layers", "conv1", "layer4.0.conv1")
-    assert "1 layers have fewer than 100 neurons" in capsys.readouterr().err
+    assert "fewer than 100 neurons lose all of them: conv1 (64)\n" in capsys.readouterr().err
     assert {(row["layer"], row["k"]) for row in read(run / "run/structured/layers.csv")} == {("conv1", "64"), ("layer4.0.conv1", "100")}
+
+
+def test_real_birds(real_data, tmp_path):
+    """A real set from training to both traces, as a user runs it: few images, few repeats, all of the minorities."""
+    run = ("--run", tmp_path / "run", "--cache", tmp_path / "cache")
+    weights, few = real_data / "weights/squeezenet1_1.pth", ("--max-per-group", 5, "--device", "cpu")
+    run_script("train_erm.py", *run, "--data", real_data / "birds50", "--arch", "squeezenet1_1", "--weights", weights,
+               "--size", 64, "--batch-size", 64, "--epochs", 1, "--augment", "crop-flip", "--device", "cpu")
+    done = run_script("trace_neurons.py", *run, *few, "--repeats", 1, "--controls", 19)
+    results = json.loads((tmp_path / "run/trace/results.json").read_text())
+    assert results["images"] == {"train": [5, 59, 21, 5], "test": [5, 5, 5, 5]}
+    assert [g["n"] for g in results["splits"]["train"]["groups"]] == [1078, 59, 21, 392]
+    for criterion in ("gradient", "magnitude"):
+        assert [(t["group"], t["n"]) for t in results["control"][criterion]["tests"]] == [(1, 59), (1, 59), (2, 21), (2, 21)]
+        assert results["control"][criterion]["sentence"] in done.stdout
+    run_script("structured_trace.py", *run, *few)
+    rows = read(tmp_path / "run/structured/layers.csv")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    assert len(rows) == 25 * 2 * 4 and layers[::24] == ["features.0", "features.12.expand3x3"]

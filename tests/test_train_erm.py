@@ -143,6 +143,23 @@ def test_selection(birds, tmp_path, select):
     assert read(tmp_path)["selected_epoch"] == 1 + scores.index(max(scores))
 
 
+def test_test_images_are_evaluated_once_an_epoch(birds, tmp_path, monkeypatch):
+    """Twice where the selected epoch is not the last one, once where it is."""
+    evaluated, evaluate = [], train_erm.evaluate
+    def counting(model, split, *more):
+        evaluated.append(len(split.y))
+        return evaluate(model, split, *more)
+    monkeypatch.setattr(train_erm, "evaluate", counting)
+    for select in ("last", "val-wga"):
+        monkeypatch.setattr(sys, "argv", ["train_erm.py", "--data", str(birds), "--run", str(tmp_path / select), "--epochs", "2",
+                                          "--cache", str(birds / "cache"), *SMALL, "--select", select])
+        evaluated.clear()
+        train_erm.main()
+        results = read(tmp_path / select)
+        assert evaluated.count(20) == (1 if results["selected_epoch"] == 2 else 2)  # 20 test images
+        assert (results["splits"] == results["last"]) == (results["selected_epoch"] == 2)
+
+
 def test_softmax_head_confines_the_loss(birds, tmp_path):
     """The released code's head: with two classes the loss cannot leave [0.3133, 1.3133]."""
     train(birds, tmp_path, "--head", "softmax", "--lr", "1e-2", "--epochs", "8")

@@ -1052,6 +1052,18 @@ def start_run(folder, args, state):
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()})
 
 
+@contextlib.contextmanager
+def whole_folder(folder, args):
+    """Gives a folder with args.json to write results into, which takes the place of `folder` if all goes well; if not,
+    `folder` is left as it was."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        start_run(Path(temporary) / "new", args, "new")
+        yield Path(temporary) / "new"
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(Path(temporary) / "new", folder)
+
+
 def reopen(path, data=None, cache="runs/cache", device="cpu", names=("train", "test")):
     """What a later stage starts from: the model of a checkpoint (eval mode), the checkpoint, and the splits `names`
     of its data, or of `data` where they have moved. Raises BadInput if these are not the groups trained on."""

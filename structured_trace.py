@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from common import (BadInput, Variant, accuracy_under, check_flags, gradient_scores, is_transformer, magnitude_scores,
-                    one_line_errors, plain, prunable_layers, reopen, sample_groups, start_run, top_neurons, warn, write_csv,
-                    write_json)
+                    one_line_errors, plain, prunable_layers, reopen, sample_groups, top_neurons, warn, whole_folder,
+                    write_csv, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -83,12 +83,12 @@ def main():
     folder = args.run / "structured"
     heat = {criterion: heat_map(rows, criterion, layers, groups) for criterion in CRITERIA}
     summary = {criterion: summarize_layers(heat[criterion], layers, groups) for criterion in CRITERIA}
-    start_run(folder, args, "new")
-    write_csv(folder / "layers.csv", rows)
-    plot_heat(heat, layers, groups, args, folder / "fig07_layers.png")
-    write_json(folder / "results.json", {
-        "stage": "structured", "checkpoint": str(args.checkpoint), "epoch": checkpoint.get("epoch"), "unit": unit,
-        "split": args.split, "k": args.k, "layers": layers, "summary": summary})
+    with whole_folder(folder, args) as new:
+        write_csv(new / "layers.csv", rows)
+        plot_heat(heat, layers, groups, args, new / "fig07_layers.png")
+        write_json(new / "results.json", {
+            "stage": "structured", "checkpoint": str(args.checkpoint), "epoch": checkpoint.get("epoch"), "unit": unit,
+            "split": args.split, "k": args.k, "layers": layers, "summary": summary})
     print_summary(summary, groups, args)
     print(f"wrote {folder}/")
 

@@ -23,7 +23,7 @@ import torch
 
 from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, check_flags, gradient_scores, group_report,
                     is_transformer, locate, magnitude_scores, one_line_errors, plain, predict, prunable_layers, reopen,
-                    sample_groups, start_run, top_neurons, worst_images, write_csv, write_json)
+                    sample_groups, top_neurons, whole_folder, worst_images, write_csv, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -137,19 +137,19 @@ def main():
     table = neuron_table(ranked, scores)
 
     folder = args.run / "trace"
-    start_run(folder, args, "new")
-    write_csv(folder / "neurons.csv", table)
-    write_csv(folder / "accuracy.csv", rows)
-    if "zero" in args.modifications:
-        plot_changes(rows, groups, args, "zero", args.sigma[:1], folder / "fig02_zero.png")
-    plot_ranks(table, folder / "fig03_ranks.png", listed, sum(sizes.values()))
-    plot_layers(table, groups, list(sizes), folder / "fig08_layers.png", listed, sum(sizes.values()))
-    for how, first, all_sigmas in (("random-init", "fig04_random_init", "fig11_random_init_sigmas"),
-                                   ("random-noise", "fig05_random_noise", "fig12_random_noise_sigmas")):
-        if how in args.modifications:
-            plot_changes(rows, groups, args, how, args.sigma[:1], folder / f"{first}.png")
-            plot_changes(rows, groups, args, how, args.sigma, folder / f"{all_sigmas}.png")
-    write_json(folder / "results.json", results)
+    with whole_folder(folder, args) as new:
+        write_csv(new / "neurons.csv", table)
+        write_csv(new / "accuracy.csv", rows)
+        if "zero" in args.modifications:
+            plot_changes(rows, groups, args, "zero", args.sigma[:1], new / "fig02_zero.png")
+        plot_ranks(table, new / "fig03_ranks.png", listed, sum(sizes.values()))
+        plot_layers(table, groups, list(sizes), new / "fig08_layers.png", listed, sum(sizes.values()))
+        for how, first, all_sigmas in (("random-init", "fig04_random_init", "fig11_random_init_sigmas"),
+                                       ("random-noise", "fig05_random_noise", "fig12_random_noise_sigmas")):
+            if how in args.modifications:
+                plot_changes(rows, groups, args, how, args.sigma[:1], new / f"{first}.png")
+                plot_changes(rows, groups, args, how, args.sigma, new / f"{all_sigmas}.png")
+        write_json(new / "results.json", results)
     print_tables(rows, groups, args, results)
     print(f"wrote {folder}/")
 

@@ -1,5 +1,6 @@
 """trace_neurons.py and structured_trace.py: a planted phenomenon, whole runs, directions, bad input."""
 
+import argparse
 import csv
 import json
 import sys
@@ -11,7 +12,7 @@ from PIL import Image
 
 import structured_trace
 import trace_neurons
-from common import BadInput, Split, build_model, describe_groups, read_metadata, save_checkpoint
+from common import BadInput, Split, build_model, describe_groups, read_metadata, save_checkpoint, whole_folder
 
 from .conftest import assert_refused, run_script
 
@@ -53,6 +54,18 @@ def planted_split():
 def run_main(script, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
     script.main()
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    args = argparse.Namespace(run=tmp_path, device="cpu")
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / "trace", args) as folder:
+            (folder / content).touch()
+    assert {path.name for path in (tmp_path / "trace").iterdir()} == {"args.json", "new"}
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "trace", args) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"] and (tmp_path / "trace" / "new").exists()
 
 
 def read(path):

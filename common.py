@@ -819,7 +819,8 @@ def modified(model, neurons, how="zero", sigma=0.0, seed=0, unit="channel"):
     epsilon ~ N(0, sigma^2) drawn on the CPU in the order of `neurons`; after it the weights are what they
     were, bit for bit, whatever happened inside. Biases stay. Raises BadInput if it would do nothing new."""
     if how not in MODIFICATIONS or (how != "zero" and not sigma > 0):
-        raise BadInput(f"modification {how} with sigma {sigma}: expected one of {', '.join(MODIFICATIONS)}, the random ones with sigma > 0")
+        raise BadInput(f"modification {how} with sigma {sigma}: expected one of {', '.join(MODIFICATIONS)}, the random ones with "
+                       "sigma > 0")
     layers, generator = prunable_layers(model), torch.Generator().manual_seed(seed)
     places = [_view(layers[layer], index, unit) for layer, index in neurons]
     before = [place.clone() for place in places]
@@ -1075,8 +1076,9 @@ def reopen(path, data=None, cache="runs/cache", device="cpu", names=("train", "t
     then = [(row["name"], row["n"]) for row in checkpoint["metrics"]["train"]["groups"]]
     now = [(group["name"], group["train_n"]) for group in meta.groups]
     if meta.n_classes != checkpoint["n_classes"] or now != then:
-        raise BadInput(f"{data or source['data']} is not what {path} was trained on: training images per group are "
-                       f"{', '.join(f'{name} {n}' for name, n in now[:8])}; in training {', '.join(f'{name} {n}' for name, n in then[:8])}")
+        now, then = (", ".join(f"{name} {n}" for name, n in groups[:8]) for groups in (now, then))
+        raise BadInput(f"{data or source['data']} is not what {path} was trained on: training images per group are {now}; in "
+                       f"training {then}")
     return model, checkpoint, {name: load_split(meta, name, checkpoint["size"], cache, source["difficulty"]) for name in names}
 
 

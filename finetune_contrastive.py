@@ -48,7 +48,8 @@ def parse_args():
     p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
     p.add_argument("--name", default="finetune", help="folder of this stage in RUN, to keep several (default %(default)s)")
     p.add_argument("--compare", type=Path, nargs="+", metavar="FOLDER",
-                   help="train nothing; one table over finished fine-tuning runs, and Figure 6: folders RUN/NAME, or RUN for all in it")
+                   help="train nothing; one table over finished fine-tuning runs, and Figure 6: folders RUN/NAME, or RUN for "
+                        "all in it")
     p.add_argument("--figure", type=Path, default="runs/fig06_compare.png", help="where --compare draws (default %(default)s)")
 
     g = p.add_argument_group("start")
@@ -388,9 +389,9 @@ def print_table(results):
         print(f"{name:32s}" + "".join(f"{cell:>18s}" for cell in cells))
     spread, last = results["selection"], results["last"]["test"]["acc_worst"]
     chosen = sorted(spread["chosen"].items(), key=lambda item: -item[1])[:4]
-    print(f"selection: validation worst-group accuracy +- {100 * spread['acc_worst_sd']:.1f}; drawn anew, these images would choose "
-          f"epoch {', '.join(f'{epoch} ({100 * share:.0f} %)' for epoch, share in chosen)}; last epoch's test worst group "
-          f"{100 * last:.1f}")
+    print(f"selection: validation worst-group accuracy +- {100 * spread['acc_worst_sd']:.1f}; drawn anew, these images would "
+          f"choose epoch {', '.join(f'{epoch} ({100 * share:.0f} %)' for epoch, share in chosen)}; last epoch's test worst "
+          f"group {100 * last:.1f}")
 
 
 def plot_groups(results, path):
@@ -446,8 +447,8 @@ def compare(folders, figure):
             if result["stage"] == "finetune":
                 found.setdefault(Path(result["data"]).name, {}).setdefault(path.parent.name, {})[path.parents[1]] = result
     if not found:
-        raise BadInput(f"--compare {' '.join(map(str, folders))}: no finished fine-tuning run there; give folders such as runs/wb0 "
-                       "or runs/wb0/finetune")
+        raise BadInput(f"--compare {' '.join(map(str, folders))}: no finished fine-tuning run there; give folders such as "
+                       "runs/wb0 or runs/wb0/finetune")
     tables = {data: comparison(settings) for data, settings in found.items()}
     columns = {"worst group": "worst", "- before": "from_before", "- ERM continued": "from_erm", "last epoch": "last",
                "mean": "mean"}
@@ -503,8 +504,8 @@ def plot_compare(tables, path):
     for ax, (data, table) in zip(axes[0], tables.items()):
         for i, (name, row) in enumerate(table.items()):
             spread = np.std(row["worst"], ddof=1) if len(row["worst"]) > 1 else None
-            ax.bar(i, np.mean(row["worst"]), 0.7, yerr=spread, color="0.8" if name.startswith("ERM") else "0.55", edgecolor="black", lw=0.5,
-                   error_kw={"capsize": 3})
+            colour = "0.8" if name.startswith("ERM") else "0.55"
+            ax.bar(i, np.mean(row["worst"]), 0.7, yerr=spread, color=colour, edgecolor="black", lw=0.5, error_kw={"capsize": 3})
             ax.plot([i] * len(row["worst"]), row["worst"], "o", mfc="white", color="black", ms=3.5, lw=0)
         ax.set_xticks(range(len(table)), [name.replace("finetune-", "") for name in table], rotation=35, ha="right", fontsize=8)
         ax.set_title(data, fontsize=10)

@@ -807,10 +807,14 @@ def neuron_masks(model, neurons, unit="channel"):
     """The mask m of section 2.1.1, {parameter name: weight-shaped tensor of 0 and 1}, 0 at `neurons`; only
     parameters that hold one of them are in it."""
     layers, names = prunable_layers(model), {id(p): name for name, p in model.named_parameters()}
-    masks = {layer: torch.ones_like(layers[layer]) for layer, _ in neurons}
+    indices, masks = {}, {}
     for layer, index in neurons:
-        _view(masks[layer], index, unit).zero_()
-    return {names[id(layers[layer])]: mask.detach() for layer, mask in masks.items()}
+        indices.setdefault(layer, []).append(index)
+    for layer, chosen in indices.items():
+        mask = torch.ones_like(layers[layer]).detach().contiguous()
+        (mask if unit == "channel" else mask.view(-1))[chosen] = 0
+        masks[names[id(layers[layer])]] = mask
+    return masks
 
 
 @contextlib.contextmanager
@@ -978,7 +982,7 @@ def sample_groups(split, most=None, whole=(), seed=0):
 # 5. Runs: seeds, settings, logs, errors, summaries
 # ------------------------------------------------------------------------------------------------
 
-NOT_SETTINGS = ("run", "device", "cache", "resume", "overwrite")  # arguments that leave the results alone
+NOT_SETTINGS = ("run", "name", "device", "cache", "resume", "overwrite", "compare", "figure")  # arguments that leave the results alone
 
 
 def check_flags(args, *positive):
@@ -1007,6 +1011,12 @@ def write_json(path, content):
     """Write JSON atomically; a number that is not finite raises ValueError instead of becoming NaN."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path, rows):
+    """Write rows as JSON, one a line, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_csv(path, rows, columns=None):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common import (SPLITS, BadInput, augment, batches, check_flags, classifier_heads, evaluate, gradient_scores, group_report,
                     is_transformer, load_checkpoint, load_model, locate, magnitude_scores, neuron_masks, normalize,
                     one_line_errors, plain, predict, reopen, run_state, save_checkpoint, set_seed, start_run, top_neurons,
-                    worst_images, write_csv, write_json)
+                    warn, worst_images, write_csv, write_json, write_lines)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -40,6 +40,8 @@ import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend th
 DEFAULTS = {"synthetic": dict(epochs=5), "other": dict(epochs=20)}  # by kind of data; section 4.1 for all but the built-in set
 CRITERIA = ("magnitude", "gradient", "mixed", "random", "none")
 BUDGET = ("epochs", "lr", "batch_size", "augment", "seed")  # what a run shares with its control
+METHOD = ("method", "criterion", "prune_fraction", "order", "unit", "gradient_source", "views", "features", "aux_bn",
+          "temperature", "loss", "lam", "lam_reduction")
 COLUMNS = ("epoch", "criterion", "layer", "index", "score")
 
 
@@ -54,7 +56,8 @@ def parse_args():
 
     g = p.add_argument_group("start")
     g.add_argument("--kick-in", type=int, metavar="N",
-                   help="start from RUN/erm/epoch_N.pt (default 40, as in the paper, where the run kept it, else best.pt)")
+                   help="start from RUN/erm/epoch_N.pt (default 40, as in the paper, where the run kept it, else best.pt; the "
+                        "released code starts after 41 epochs, for CelebA after 20)")
     g.add_argument("--checkpoint", type=Path, help="start from this checkpoint instead")
     g.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
 
@@ -63,8 +66,8 @@ def parse_args():
                    help="contrastive: the paper's; supervised: its second term alone; erm: cross entropy goes on, the control "
                         "of the same budget (default %(default)s)")
     g.add_argument("--criterion", choices=CRITERIA, default="magnitude",
-                   help="neurons to mask: largest l2 norm of weights, of gradient, both sets, random ones, or none "
-                        "(default %(default)s)")
+                   help="neurons to mask: largest l2 norm of weights, of gradient, both sets (the released code keeps the "
+                        "gradient's only), random ones, or none; the last two are controls (default %(default)s)")
     g.add_argument("--prune-fraction", type=float, default=1e-4,
                    help="fraction of all neurons to mask, at least one neuron; paper 0.0001 (0.01 %%), released code 0.01 "
                         "of the weights (default %(default)s)")
@@ -89,15 +92,17 @@ def parse_args():
                    help="tau of eq. 2.1; paper silent, released code 0.5 (default %(default)s)")
     g.add_argument("--loss", choices=["mse", "ce"], default="mse",
                    help="supervised term: squared error of softmax outputs or cross entropy of logits; paper: mse, released "
-                        "code: ce (default %(default)s)")
-    g.add_argument("--lam", type=float, default=0.2, help="lambda of eq. 2.3 (default %(default)s)")
+                        "code: ce, a mean, which is --loss ce --lam-reduction mean (default %(default)s)")
+    g.add_argument("--lam", type=float, default=0.2, help="lambda of eq. 2.3, of a sum over the batch: 0.2 weighs an image 0.2 x batch size; paper and released "
+                        "code 0.2, the latter with batches of 100 (default %(default)s)")
     g.add_argument("--lam-reduction", choices=["sum", "mean"], default="sum",
                    help="supervised term summed over the batch, as the released code sums its squared error, or its mean, as "
                         "eq. 2.3 reads; NT-Xent is a mean in both (default %(default)s, the one that trains)")
 
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=int, help="passes over the training images (default 20; synthetic: 5)")
-    g.add_argument("--lr", type=float, default=2e-4, help="learning rate of Adam (default %(default)s)")
+    g.add_argument("--epochs", type=int, help="passes over the training images; paper 20, released code 21 (default 20; synthetic: 5)")
+    g.add_argument("--lr", type=float, default=2e-4, help="learning rate of Adam, halved after two epochs without a lower training loss; paper and released code "
+                        "2e-4 (default %(default)s)")
     g.add_argument("--batch-size", type=int,
                    help="images per step; paper silent, released code 100 (default: that of the ERM run, 256 in the paper)")
     g.add_argument("--augment", choices=["table1", "crop-flip", "none"],
@@ -189,7 +194,8 @@ def critical_neurons(model, train, logits, args, size, unit, epoch):
     for criterion, layers in scores.items():
         sign = 1 if args.order == "largest" else -1
         top = top_neurons({layer: sign * values for layer, values in layers.items()}, k)
-        rows += [(criterion, layer, i, float(layers[layer][i])) for layer, i in top]
+        values = {layer: layers[layer].tolist() for layer in {layer for layer, _ in top}}
+        rows += [(criterion, layer, i, values[layer][i]) for layer, i in top]
     return [dict(zip(COLUMNS, (epoch, *row))) for row in rows]
 
 
@@ -215,10 +221,10 @@ def step(model, project, images, sizes, y, masks, buffers, args, size, head="lin
 
 def starting_point(args):
     """The checkpoint to start from: --checkpoint, RUN/erm/epoch_N.pt, or RUN/erm/best.pt. Raises BadInput."""
-    kept = sorted((args.run / "erm").glob("epoch_*.pt"))
-    path = args.run / "erm" / f"epoch_{40 if args.kick_in is None else args.kick_in:03d}.pt"
     if args.checkpoint:
         return args.checkpoint
+    kept = sorted((args.run / "erm").glob("epoch_*.pt"))
+    path = args.run / "erm" / f"epoch_{40 if args.kick_in is None else args.kick_in:03d}.pt"
     if args.kick_in is None and path not in kept:
         return args.run / "erm" / "best.pt"
     if kept and path not in kept:
@@ -229,6 +235,8 @@ def starting_point(args):
 
 def resolve(args, checkpoint):
     """Fill in what was left out from the ERM run and the kind of data, and refuse what cannot be."""
+    if not {"data", "args", "metrics"} <= checkpoint.keys():
+        raise BadInput(f"{args.checkpoint}: not a checkpoint of a training stage (it lacks data, args or metrics)")
     kind, erm = "synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other", checkpoint["args"]
     for key, value in {**DEFAULTS[kind], **{key: erm[key] for key in ("batch_size", "augment", "seed")}}.items():
         if getattr(args, key) is None:
@@ -236,10 +244,14 @@ def resolve(args, checkpoint):
     check_flags(args, "epochs", "batch_size", "lr", "temperature")
     if not 0 < args.prune_fraction < 1:
         raise BadInput(f"--prune-fraction {args.prune_fraction}: must lie between 0 and 1, such as 0.0001 for 0.01 %")
-    if args.lam < 0:
+    if not args.lam >= 0:
         raise BadInput(f"--lam {args.lam}: must not be negative")
-    if args.batch_size < 2 and args.method == "contrastive":
+    if args.batch_size < 2:
         raise BadInput(f"--batch-size {args.batch_size}: NT-Xent contrasts an image with others; use 2 or more")
+    if Path(args.name).name != args.name or args.name in ("", "..", "erm", "trace", "structured", "gradcam"):
+        raise BadInput(f"--name {args.name!r}: expected the name of a folder in {args.run} that no other stage uses")
+    if args.checkpoint.resolve().parent == (args.run / args.name).resolve():
+        raise BadInput(f"{args.checkpoint} lies in the folder that this run is to fill; choose another --name")
 
 
 def main():
@@ -257,7 +269,7 @@ def main():
     model, start, splits = reopen(args.checkpoint, args.data, args.cache, args.device, SPLITS)
     train, size = splits["train"], start["size"]
     unit = {"auto": "weight" if is_transformer(model) else "channel"}.get(args.unit, args.unit)
-    if args.gradient_source == "minority" and not any(g["minority"] for g in train.groups):
+    if args.gradient_source == "minority" and args.criterion in ("gradient", "mixed") and not any(g["minority"] for g in train.groups):
         raise BadInput("--gradient-source minority: no group of this data set is a minority; use train")
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
     set_seed(args.seed)
@@ -266,6 +278,8 @@ def main():
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
     start_run(folder, args, state)
     describe = {key: start[key] for key in ("arch", "n_classes", "size", "head", "data")} | {"args": plain(args)}
+    if args.data:
+        describe["data"] = {**start["data"], "data": args.data if args.data == "synthetic" else str(Path(args.data).resolve())}
 
     def measure():
         logits = {name: predict(model, splits[name], size, args.device, args.batch_size) for name in ("train", "val")}
@@ -311,7 +325,8 @@ def main():
         contrast, supervised = (sums / len(order)).tolist()
         loss = contrast + supervised
         if not (math.isfinite(loss) and all(value.isfinite().all() for value in model.state_dict().values())):
-            raise BadInput(f"training diverged in epoch {epoch} (loss {loss}); try a smaller --lr than {args.lr}")
+            kept = f"{folder}/last.pt holds epoch {epoch - 1}" if epoch > 1 else "no epoch was finished"
+            raise BadInput(f"training diverged in epoch {epoch} (loss {loss}); {kept}; try a smaller --lr than {args.lr}")
         scheduler.step(loss)
 
         logits, reports = measure()
@@ -324,7 +339,7 @@ def main():
         log.append({"epoch": epoch, "contrast": contrast, "supervised": supervised, "loss": loss, "lr": lr,
                     "seconds": round(time.time() - started, 2), "pruned": len(neurons),
                     "pruned_before": len(previous.intersection(neurons)), **reports})
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        write_lines(folder / "log.jsonl", log)
         write_csv(folder / "pruned.csv", pruned, COLUMNS)
         save_checkpoint(folder / "last.pt", model, **fields, best=best, optimizer=optimizer.state_dict(),
                         scheduler=scheduler.state_dict(), projection=project.state_dict(), right=torch.stack(right),
@@ -333,12 +348,17 @@ def main():
         print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the start, the selected and the last epoch
-    results = {"stage": "finetune", "method": args.method, "data": start["data"]["data"], "start_epoch": start["epoch"],
-               **{key: getattr(args, key) for key in BUDGET}, "selected_epoch": best["epoch"],
-               "selection": selection_spread(torch.stack(right), splits["val"].g, args.seed)}
-    for key, path in (("before", args.checkpoint), ("splits", folder / "best.pt"), ("last", folder / "last.pt")):
-        model, checkpoint = load_model(path, args.device)
-        results[key] = {**checkpoint["metrics"], "test": evaluate(model, splits["test"], size, args.device, args.batch_size)}
+    results = {"stage": "finetune", "arch": start["arch"], "data": describe["data"]["data"], "start": args.checkpoint.name,
+               "start_epoch": start["epoch"], **{key: getattr(args, key) for key in (*METHOD, *BUDGET)}, "unit": unit,
+               "selected_epoch": best["epoch"],
+               "selection": selection_spread(torch.stack(right), splits["val"].g, best["epoch"], args.seed)}
+    for key, path, row in (("before", args.checkpoint, log[0]), ("splits", folder / "best.pt", log[best["epoch"]]),
+                           ("last", folder / "last.pt", log[-1])):
+        if key == "last" and best["epoch"] == args.epochs:
+            test = results["splits"]["test"]
+        else:
+            test = evaluate(load_model(path, args.device)[0], splits["test"], size, args.device, args.batch_size)
+        results[key] = {"train": row["train"], "val": row["val"], "test": test}
     write_json(folder / "results.json", results)
     plot_groups(results, folder / "groups.png")
     plot_curves(log, best["epoch"], folder / "curves.png")
@@ -346,10 +366,10 @@ def main():
     print(f"wrote {folder}/")
 
 
-def selection_spread(right, g, seed, resamples=1000):
+def selection_spread(right, g, selected, seed, resamples=1000):
     """How firmly validation chose the epoch: right (epochs, N) says which validation images each epoch gets right, g (N,)
-    their groups. Images are drawn anew with replacement within each group; returns the standard deviation of the best
-    epoch's worst-group accuracy and {epoch: share of draws in which it has the highest one}."""
+    their groups. Images are drawn anew with replacement within each group; returns the standard deviation of the
+    selected epoch's worst-group accuracy and {epoch: share of draws in which it has the highest one}."""
     generator, accuracies = torch.Generator().manual_seed(seed), []
     for j in g.unique():
         n = int((g == j).sum())
@@ -358,7 +378,7 @@ def selection_spread(right, g, seed, resamples=1000):
         accuracies.append(times @ right[:, g == j].float().T / n)
     worst = torch.stack(accuracies).amin(0).numpy()  # (resamples, epochs)
     chosen = np.bincount(worst.argmax(1), minlength=len(right)) / resamples
-    return {"acc_worst_sd": float(worst[:, chosen.argmax()].std(ddof=1)),
+    return {"acc_worst_sd": float(worst[:, selected - 1].std(ddof=1)),
             "chosen": {epoch: float(share) for epoch, share in enumerate(chosen, 1) if share > 0}}
 
 
@@ -377,7 +397,7 @@ def print_epoch(row, epochs):
 def print_table(results):
     """Group accuracies before and after, and how firmly validation chose the epoch."""
     before, after = results["before"], results["splits"]
-    print(f"\nbefore (ERM, epoch {results['start_epoch']}) -> after (epoch {results['selected_epoch']} of {results['epochs']}, "
+    print(f"\nbefore ({results['start']}, epoch {results['start_epoch']}) -> after (epoch {results['selected_epoch']} of {results['epochs']}, "
           f"{results['method']}); accuracy in %, * minority")
     print(f"{'group':32s}" + "".join(f"{name:>18s}" for name in SPLITS))
     for j, g in enumerate(before["train"]["groups"]):
@@ -398,7 +418,7 @@ def plot_groups(results, path):
     """Training and test accuracy of every group before and after fine-tuning."""
     n = len(results["before"]["train"]["groups"])
     fig, axes = plt.subplots(1, 2, figsize=(4 + 2 * n, 3.4), layout="constrained", sharey=True)
-    bars = {"before": ("ERM", -0.2, {"color": "0.75"}), "splits": ("fine-tuned", 0.2, {"color": "0.35", "hatch": "///"})}
+    bars = {"before": ("before", -0.2, {"color": "0.75"}), "splits": ("after", 0.2, {"color": "0.35", "hatch": "///"})}
     for ax, name, title in zip(axes, ("train", "test"), ("training", "test")):
         for key, (label, offset, style) in bars.items():
             rows = results[key][name]["groups"]
@@ -440,16 +460,17 @@ def compare(folders, figure):
     """Table 12 and Figure 6 from finished runs: test worst-group accuracy of every NAME, mean and standard deviation over run
     folders (seeds), and its difference, paired within the run folder, from the network before fine-tuning and from ERM
     continued with the same start and budget."""
-    found = {}  # {data: {name: {run: results}}}
-    for folder in folders:
+    found = {}  # {data and arch: {name: {run: results}}}
+    for folder in (path.resolve() for path in folders):
         for path in [folder / "results.json"] if (folder / "results.json").exists() else sorted(folder.glob("*/results.json")):
             result = json.loads(path.read_text())
             if result["stage"] == "finetune":
-                found.setdefault(Path(result["data"]).name, {}).setdefault(path.parent.name, {})[path.parents[1]] = result
+                key = (result["data"], result["arch"])
+                found.setdefault(key, {}).setdefault(path.parent.name, {})[path.parents[1]] = result
     if not found:
         raise BadInput(f"--compare {' '.join(map(str, folders))}: no finished fine-tuning run there; give folders such as "
                        "runs/wb0 or runs/wb0/finetune")
-    tables = {data: comparison(settings) for data, settings in found.items()}
+    tables = {f"{Path(data).name}, {arch}": comparison(settings) for (data, arch), settings in found.items()}
     columns = {"worst group": "worst", "- before": "from_before", "- ERM continued": "from_erm", "last epoch": "last",
                "mean": "mean"}
     for data, table in tables.items():
@@ -467,7 +488,7 @@ def comparison(settings):
     """Rows of the comparison, {name: {column: values in percent, one per run folder}}; settings {name: {run: results}}. The
     controls, ERM continued, are looked up in the run folders."""
     def budget(r):
-        return tuple(r[key] for key in ("start_epoch", *BUDGET))
+        return tuple(r[key] for key in ("start", "start_epoch", *BUDGET))
     def worst(reports):
         return 100 * reports["test"]["acc_worst"]
     def row(selected, **more):
@@ -476,10 +497,15 @@ def comparison(settings):
     runs = dict.fromkeys(run for by_run in settings.values() for run in by_run)
     stages = [(path.parents[1], json.loads(path.read_text())) for run in runs for path in sorted(run.glob("*/results.json"))]
     continued = {(run, budget(r)): worst(r["splits"]) for run, r in stages if r["stage"] == "finetune" and r["method"] == "erm"}
-    start = {(run, r["start_epoch"]): r["before"] for by_run in settings.values() for run, r in by_run.items()}
-    table = {"ERM, selected epoch": row([r["splits"] for _, r in stages if r["stage"] == "erm"]),
-             "ERM, before fine-tuning": row(start.values())}
+    start = {}
+    for run, r in ((run, r) for by_run in settings.values() for run, r in by_run.items()):
+        start.setdefault(r["start"], {})[run] = r["before"]
+    table = {"ERM, selected epoch": row([r["splits"] for _, r in stages if r["stage"] == "erm"])}
+    table |= {f"before: {name}": row(by_run.values()) for name, by_run in start.items()}
     for name, by_run in settings.items():
+        differ = [key for key in (*METHOD, *BUDGET[:-1]) if len({r[key] for r in by_run.values()}) > 1]
+        if differ:
+            warn(f"the runs called {name} differ in more than the seed: {', '.join(differ)}")
         table[name] = row(
             [r["splits"] for r in by_run.values()], last=[worst(r["last"]) for r in by_run.values()],
             from_before=[worst(r["splits"]) - worst(r["before"]) for r in by_run.values()],
@@ -504,7 +530,7 @@ def plot_compare(tables, path):
     for ax, (data, table) in zip(axes[0], tables.items()):
         for i, (name, row) in enumerate(table.items()):
             spread = np.std(row["worst"], ddof=1) if len(row["worst"]) > 1 else None
-            colour = "0.8" if name.startswith("ERM") else "0.55"
+            colour = "0.8" if name.startswith(("ERM", "before")) else "0.55"
             ax.bar(i, np.mean(row["worst"]), 0.7, yerr=spread, color=colour, edgecolor="black", lw=0.5, error_kw={"capsize": 3})
             ax.plot([i] * len(row["worst"]), row["worst"], "o", mfc="white", color="black", ms=3.5, lw=0)
         ax.set_xticks(range(len(table)), [name.replace("finetune-", "") for name in table], rotation=35, ha="right", fontsize=8)

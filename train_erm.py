@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import (SPLITS, BadInput, augment, batches, build_model, check_flags, evaluate, load_checkpoint, load_model,
                     load_split, normalize, one_line_errors, plain, read_metadata, run_state, save_checkpoint, set_seed,
-                    start_run, write_json)
+                    start_run, write_json, write_lines)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -134,7 +134,7 @@ def main():
         if epoch in args.keep_epochs:
             save_checkpoint(folder / f"epoch_{epoch:03d}.pt", model, **fields)
         log.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": round(time.time() - started, 2), **reports})
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        write_lines(folder / "log.jsonl", log)
         save_checkpoint(folder / "last.pt", model, **fields, best=best, optimizer=optimizer.state_dict(),
                         scheduler=scheduler.state_dict(), rng=torch.get_rng_state(),
                         cuda_rng=torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [])

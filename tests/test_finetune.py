@@ -14,7 +14,8 @@ from PIL import Image
 from torch.func import functional_call
 
 import finetune_contrastive as stage
-from common import BadInput, Split, build_model, describe_groups, load_checkpoint, modified, neuron_masks, normalize, write_json
+from common import (BadInput, Split, build_model, describe_groups, load_checkpoint, modified, neuron_masks, normalize, prunable_layers,
+                    write_json)
 from finetune_contrastive import auxiliary, critical_neurons, nt_xent, penultimate, pruned_count, selection_spread, supervised_loss
 
 from .conftest import assert_refused, run_script, write_waterbirds
@@ -144,7 +145,8 @@ def test_statistics_of_batchnorm():
         buffers = {name: b.clone() for name, b in model.named_buffers()} if aux_bn == "own" else {}
         torch.manual_seed(1)
         args = arguments(aux_bn=aux_bn, method="erm" if aux_bn == "target alone" else "contrastive")
-        stage.step(model, torch.nn.Softmax(1), images.images, images.original_sizes, images.y, {}, buffers, args, 32)
+        masks = neuron_masks(model, [("conv1", 3)])
+        stage.step(model, torch.nn.Softmax(1), images.images, images.original_sizes, images.y, masks, buffers, args, 32)
         moved[aux_bn] = {name: b.clone() for name, b in model.named_buffers()}
         assert all(module.training for module in model.modules())
     for name, alone in moved["target alone"].items():
@@ -176,7 +178,7 @@ def test_penultimate_features(arch, width):
 
 # ---- which neurons, from which images ----
 
-def planted(k=20):
+def planted():
     """One convolution of 40 filters; filter i has norm i + 1."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 40, 1, bias=False), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(40, 2))
     model[0].weight.data = (torch.arange(40.0) + 1)[:, None, None, None] * torch.eye(3)[torch.arange(40) % 3][:, :, None, None]
@@ -252,20 +254,23 @@ def test_selection_spread():
     right[0, :60] = True  # 100 and 50 %
     right[1] = True
     right[2] = True  # as good, but later
-    spread = selection_spread(right, g, 0)
+    spread = selection_spread(right, g, 2, 0)
     assert spread == {"acc_worst_sd": 0.0, "chosen": {2: 1.0}}
     right[1, 60:] = False
     right[2, 65:] = False
     right[2, 50:51] = False
-    spread = selection_spread(right, g, 0)
-    assert spread["chosen"][3] > 0.9 and spread["acc_worst_sd"] == pytest.approx(math.sqrt(0.7 * 0.3 / 20), rel=0.1)
+    assert selection_spread(right, g, 3, 0)["chosen"][3] > 0.9  # 75 % in the worst group, against 50 %
+    for epoch, accuracy in ((2, 0.5), (3, 0.75)):
+        sd = selection_spread(right, g, epoch, 0)["acc_worst_sd"]
+        assert sd == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 20), rel=0.1)
 
 
 def results(method, before, after, last, start_epoch=40, epochs=20, data="/data/waterbirds"):
     def splits(worst):
         return {"test": {"acc_worst": worst, "acc_mean_train_mix": 0.9}}
-    return {"stage": "finetune", "method": method, "data": data, "start_epoch": start_epoch, "epochs": epochs, "lr": 2e-4,
-            "batch_size": 256, "augment": "table1", "seed": 0,
+    settings = {key: value for key, value in {**ARGS, "unit": "channel"}.items() if key in stage.METHOD}
+    return {**settings, "stage": "finetune", "method": method, "arch": "resnet50", "data": data, "start_epoch": start_epoch,
+            "start": f"epoch_{start_epoch:03d}.pt", "epochs": epochs, "lr": 2e-4, "batch_size": 256, "augment": "table1", "seed": 0,
             "before": splits(before), "splits": splits(after), "last": splits(last)}
 
 
@@ -279,11 +284,11 @@ def test_compare_pairs_by_run_folder(tmp_path, capsys):
             (tmp_path / run / name).mkdir(parents=True)
             write_json(tmp_path / run / name / "results.json", content)
     stage.compare([tmp_path / "wb0", tmp_path / "wb1"], tmp_path / "out" / "fig06.png")
-    table = json.loads((tmp_path / "out" / "fig06.json").read_text())["waterbirds"]
+    table = json.loads((tmp_path / "out" / "fig06.json").read_text())["waterbirds, resnet50"]
     assert table["finetune-magnitude"]["worst"] == pytest.approx([70, 60])
     assert table["finetune-magnitude"]["from_erm"] == pytest.approx([10, 20])
     assert table["finetune-magnitude"]["from_before"] == pytest.approx([30, 10])
-    assert table["ERM, before fine-tuning"]["worst"] == pytest.approx([40, 50]) and table["finetune-short"]["from_erm"] == []
+    assert table["before: epoch_040.pt"]["worst"] == pytest.approx([40, 50]) and table["finetune-short"]["from_erm"] == []
     out = capsys.readouterr().out
     assert "65.0 +- 7.1 (2)" in out and "15.0 +- 7.1 (2)" in out and "20.0 +- 14.1 (2)" in out and "10.0 +- 0.0 (2)" in out
     with Image.open(tmp_path / "out" / "fig06.png") as image:
@@ -291,8 +296,8 @@ def test_compare_pairs_by_run_folder(tmp_path, capsys):
 
 
     stage.compare([tmp_path / run / "finetune-magnitude" for run in ("wb0", "wb1")], tmp_path / "out" / "fig06.png")
-    table = json.loads((tmp_path / "out" / "fig06.json").read_text())["waterbirds"]  # the control is found all the same
-    assert list(table) == ["ERM, selected epoch", "ERM, before fine-tuning", "finetune-magnitude"]
+    table = json.loads((tmp_path / "out" / "fig06.json").read_text())["waterbirds, resnet50"]  # the control is found all the same
+    assert list(table) == ["ERM, selected epoch", "before: epoch_040.pt", "finetune-magnitude"]
     assert table["finetune-magnitude"]["from_erm"] == pytest.approx([10, 20])
 
 
@@ -331,7 +336,7 @@ def test_a_run_and_its_resumption(erm_run):
     """Two epochs at once give what one epoch and one resumed epoch give; 32 images in batches of 31 leave one over."""
     flags = ("--criterion", "mixed", "--prune-fraction", "0.01", "--batch-size", "31")
     out = finetune(erm_run, "--name", "whole", "--epochs", "2", *flags).stdout
-    assert "before (ERM, epoch" in out and "selection: validation worst-group accuracy" in out
+    assert "before (best.pt, epoch" in out and "selection: validation worst-group accuracy" in out
     whole = erm_run / "run" / "whole"
     assert {f.name for f in whole.iterdir()} == {"args.json", "log.jsonl", "pruned.csv", "best.pt", "last.pt", "results.json", "curves.png", "groups.png"}
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
@@ -370,6 +375,65 @@ def test_every_arm_runs(erm_run, flags, monkeypatch):
     assert (erm_run / "run" / "arm" / "pruned.csv").read_text().startswith("epoch,criterion,layer,index,score")
 
 
+@pytest.mark.parametrize("aux_bn", ["own", "shared", "frozen"])
+def test_what_a_step_is_given(erm_run, aux_bn, monkeypatch):
+    """The masks of an epoch are zero where pruned.csv of that epoch says, for both criteria, and nowhere else."""
+    seen, step = [], stage.step
+    def spy(model, project, images, sizes, y, masks, buffers, *rest):
+        names = {id(p): name for name, p in model.named_parameters()}
+        layer_of = {names[id(weight)]: layer for layer, weight in prunable_layers(model).items()}
+        zero = {(layer_of[name], i) for name, mask in masks.items() for i, row in enumerate(mask.flatten(1)) if not row.any()}
+        seen.append((zero, set(buffers)))
+        assert all(mask.min() >= 0 and mask.max() == 1 for mask in masks.values())
+        return step(model, project, images, sizes, y, masks, buffers, *rest)
+    monkeypatch.setattr(stage, "step", spy)
+    finetune_here(monkeypatch, erm_run, "--name", "spied", "--overwrite", "--epochs", "2", "--criterion", "mixed",
+                  "--prune-fraction", "0.002", "--aux-bn", aux_bn, "--batch-size", "32")
+    rows = list(csv.DictReader(open(erm_run / "run" / "spied" / "pruned.csv")))
+    for epoch, (zero, buffers) in enumerate(seen, 1):  # one batch an epoch
+        assert zero == {(row["layer"], int(row["index"])) for row in rows if int(row["epoch"]) == epoch} and len(zero) >= 6
+        assert ("bn1.running_mean" in buffers) == (aux_bn == "own")
+    assert len(seen) == 2
+
+
+def test_an_interrupted_run_goes_on(erm_run, monkeypatch):
+    """Broken off in its third epoch, after the learning rate was halved, it ends as if it had not been."""
+    flags = ("--epochs", "4", "--features", "projection", "--criterion", "gradient", "--lr", "0.01", "--batch-size", "16")
+    finetune_here(monkeypatch, erm_run, "--name", "unbroken", *flags)
+    calls, step = [], stage.step
+    def breaks(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # two steps an epoch
+            raise KeyboardInterrupt
+        return step(*arguments)
+    monkeypatch.setattr(stage, "step", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_here(monkeypatch, erm_run, "--name", "broken", *flags)
+    with pytest.raises(BadInput, match="interrupted"):
+        finetune_here(monkeypatch, erm_run, "--name", "broken", *flags)
+    finetune_here(monkeypatch, erm_run, "--name", "broken", "--resume", *flags)
+    unbroken, broken = (erm_run / "run" / name for name in ("unbroken", "broken"))
+    assert (broken / "results.json").read_text() == (unbroken / "results.json").read_text()
+    states = [load_checkpoint(folder / "best.pt")["model"] for folder in (unbroken, broken)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_run_may_not_start_from_its_own_folder(erm_run, monkeypatch):
+    finetune_here(monkeypatch, erm_run, "--name", "first", "--epochs", "1")
+    with pytest.raises(BadInput, match="lies in the folder that this run is to fill"):
+        finetune_here(monkeypatch, erm_run, "--name", "first", "--overwrite", "--checkpoint", erm_run / "run" / "first" / "best.pt")
+    finetune_here(monkeypatch, erm_run, "--name", "second", "--epochs", "1", "--checkpoint", erm_run / "run" / "first" / "best.pt")
+
+
+@pytest.mark.parametrize("views,drawn", [("one", 1), ("two", 2)])
+def test_views(views, drawn, monkeypatch):
+    calls, split = [], small_split()
+    augment = stage.augment
+    monkeypatch.setattr(stage, "augment", lambda *arguments: calls.append(1) or augment(*arguments))
+    stage.step(network().train(), torch.nn.Softmax(1), split.images, split.original_sizes, split.y, {}, {}, arguments(views=views), 32)
+    assert len(calls) == drawn
+
+
 def test_kick_in_and_checkpoint(erm_run):
     args = argparse.Namespace(run=erm_run / "run", kick_in=None, checkpoint=None)
     assert stage.starting_point(args).name == "best.pt"  # the run kept no epoch 40
@@ -385,6 +449,12 @@ def test_kick_in_and_checkpoint(erm_run):
     (("--prune-fraction", "0"), "--prune-fraction 0.0: must lie between 0 and 1"),
     (("--prune-fraction", "1"), "--prune-fraction 1.0: must lie between 0 and 1"),
     (("--batch-size", "1"), "--batch-size 1: .* 2 or more"),
+    (("--batch-size", "1", "--method", "erm"), "--batch-size 1: .* 2 or more"),
+    (("--lam", "nan"), "--lam nan: must not be negative"),
+    (("--name", "erm"), "--name 'erm': expected the name of a folder"),
+    (("--name", ".."), "--name '..': expected the name of a folder"),
+    (("--name", "../other"), "--name '../other': expected the name of a folder"),
+    (("--name", ""), "--name '': expected the name of a folder"),
     (("--temperature", "0"), "--temperature .* positive"),
     (("--lam", "-1"), "--lam .* negative"),
     (("--checkpoint", "missing.pt"), "missing.pt: no such checkpoint"),
@@ -394,7 +464,7 @@ def test_kick_in_and_checkpoint(erm_run):
 def test_bad_input(erm_run, flags, words, monkeypatch):
     with pytest.raises(BadInput, match=words):
         finetune_here(monkeypatch, erm_run, "--name", "bad", "--epochs", "1", *flags)
-    assert not (erm_run / "run" / "bad" / "results.json").exists() and (flags[0] == "--lr" or not (erm_run / "run" / "bad").exists())
+    assert (erm_run / "run" / "erm" / "best.pt").exists() and not (erm_run / "run" / "bad" / "results.json").exists() and (flags[0] == "--lr" or not (erm_run / "run" / "bad").exists())
 
 
 def test_a_run_without_erm(tmp_path):

@@ -12,6 +12,7 @@ Writes RUN/gradcam/ (replaced): args.json, fig10_gradcam.png and, with masks, fo
 
 import argparse
 import copy
+import io
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,7 @@ def main():
     before, *after = models
     size, classes = checkpoint["size"], class_names(checkpoint)
     layer = args.layer = choose_layer(args.layer, models[before])
+    grid = map_grid(models[before], layer, size)
     explained = check_target(args, classes)
     if args.images:
         S = size if checkpoint["data"]["data"] == "synthetic" else round(size * 256 / 224)
@@ -82,11 +84,11 @@ def main():
 
     # The picture: a seeded choice of images, or the user's own
     shown = {name: explain(model, images.to(args.device), y, layer, size, args) for name, model in models.items()}
-    captions = names if args.images else [group_title(test.groups[j]) for j in test.g[index].tolist()]
+    captions = [Path(name).name for name in names] if args.images else [group_title(test.groups[j]) for j in test.g[index].tolist()]
     drawn = [{"file": name, "group": None if y is None else int(test.g[index[i]]), "label": None if y is None else int(y[i]),
               "networks": {model: verdict(maps[i], logits[i]) for model, (maps, logits) in shown.items()}}
              for i, name in enumerate(names)]
-    print(f"Grad-CAM of {layer} for the logit of {explained}")
+    print(f"Grad-CAM of {layer} ({grid[0]} x {grid[1]}) for the logit of {explained}")
     print_images(drawn, classes)
 
     # The numbers: the whole test split, where the object's place is known
@@ -108,17 +110,18 @@ def main():
         write_csv(folder / "focus.csv", rows)
         plot_focus(rows, [*models, *CONTROLS], explained, folder / "focus.png")
     write_json(folder / "results.json", {
-        "stage": "gradcam", "before": str(args.before), "after": dict(zip(after, args.after)), "layer": layer, "target": args.target,
+        "stage": "gradcam", "before": str(args.before), "after": dict(zip(after, args.after)), "layer": layer, "grid": grid, "target": args.target,
         "target_class": explained, "classes": classes, "images": drawn, "without_mask": dict(problems), "focus": rows})
     print(f"wrote {folder}/")
 
 
 # ---- the method ----
 
-def grad_cam(model, x, layer, target=None):
+def grad_cam(model, x, layer, target=None, upsampled=True):
     """Grad-CAM of the logit of class `target` (a number, or one per image (B,); default: the predicted class) for normalised
     images x (B, 3, H, W), at the output of module `layer` (its last call). Returns maps (B, H, W), not negative and not
-    scaled, and logits (B, C). In eval mode; leaves no hook, no .grad and every module's mode as it was."""
+    scaled, and logits (B, C); upsampled False: maps (B, h, w), as the layer has them. In eval mode; leaves no hook, no .grad
+    and every module's mode as it was."""
     module, kept, modes = model.get_submodule(layer), [], [(m, m.training) for m in model.modules()]
 
     def cut(_, inputs, out):
@@ -143,7 +146,8 @@ def grad_cam(model, x, layer, target=None):
             m.training = mode
     activation, gradient = (as_grid(model, layer, values) for values in (kept[0].detach(), gradient))
     maps = (gradient.mean((2, 3), keepdim=True) * activation).sum(1, keepdim=True).relu()
-    return F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)[:, 0], logits.detach()
+    maps = F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False) if upsampled else maps
+    return maps[:, 0], logits.detach()
 
 
 def as_grid(model, layer, values):
@@ -349,6 +353,20 @@ def choose_layer(layer, model):
     return layer
 
 
+def map_grid(model, layer, size):
+    """Height and width [h, w] of the layer's map before it is upsampled; where that is too little to say where something is,
+    names a layer that has more."""
+    blank = torch.zeros(1, 3, size, size, device=model.input_mean.device)
+    def grid_of(name):
+        return list(grad_cam(model, blank, name, upsampled=False)[0].shape[1:])
+    grid = grid_of(layer)
+    if min(grid) < 4:
+        finer = next((name for name in reversed(candidates(model)) if min(grid_of(name)) >= 4), None)
+        warn(f"the map of {layer} has {grid[0]} x {grid[1]} positions for {size} x {size} pixels and says little about where"
+             + (f"; a finer one: --layer {finer}" if finer else ""))
+    return grid
+
+
 def check_target(args, classes):
     """Which class is explained, in words."""
     if args.target in ("label", "predicted"):
@@ -444,12 +462,12 @@ def percent(row, name):
 def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, layer, path):
     """Figure 10: a column per image, the picture on top and a row of maps per network, the earlier network first. A map is
     scaled by its own maximum and laid over the picture in grey; white: the object's outline, where it is known."""
-    fig, axes = plt.subplots(1 + len(shown), len(drawn), figsize=(0.6 + 1.6 * len(drawn), 0.9 + 1.8 * (1 + len(shown))),
+    fig, axes = plt.subplots(1 + len(shown), len(drawn), figsize=(1 + 1.3 * len(drawn), 0.5 + 1.5 * (1 + len(shown))),
                              layout="constrained", squeeze=False)
     for i, row in enumerate(drawn):
         picture = pictures[i].permute(1, 2, 0).numpy()
         axes[0][i].imshow(picture)
-        axes[0][i].set_xlabel(Path(captions[i]).name if row["label"] is None else captions[i], fontsize=7)
+        axes[0][i].set_xlabel(captions[i], fontsize=7)
         for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items()):
             says = row["networks"][name]
             ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
@@ -457,7 +475,7 @@ def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, la
                 ax.text(0.5, 0.5, "map is empty", transform=ax.transAxes, ha="center", va="center", fontsize=8,
                         bbox={"facecolor": "white", "edgecolor": "none"})
             else:
-                heat = ax.imshow((maps[i] / maps[i].max()).cpu(), cmap="magma", vmin=0, vmax=1, alpha=0.65)
+                heat = ax.imshow((maps[i] / maps[i].max()).cpu(), cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
             ax.set_xlabel(in_words(says, classes, row["label"]), fontsize=7)
@@ -471,7 +489,9 @@ def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, la
         bar.ax.tick_params(labelsize=7)
     fig.suptitle(f"Grad-CAM of {layer} for {explained}{'' if shapes is None else '; white: outline of the object'}"
                  f"{'; * minority' if any('*' in caption for caption in captions) else ''}", fontsize=9)
-    fig.savefig(path, dpi=100)
+    drawing = io.BytesIO()
+    fig.savefig(drawing, dpi=100)
+    Image.open(drawing).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)  # a third of the size
     plt.close(fig)
 
 
@@ -479,7 +499,7 @@ def plot_focus(rows, names, explained, path):
     """The three measures per group and network, with 95 % intervals, and the object's share of the image, which is what a
     map that is the same everywhere would have as its mass inside the object."""
     groups = list({row["group"]: row for row in rows}.values())
-    fig, axes = plt.subplots(1, len(MEASURES), figsize=(3.6 * len(MEASURES), 3.6), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.8), layout="constrained", sharey=True)
     styles = [*zip("osD^vP", ("black", "white", "0.55", "0.35", "0.75", "0.9"))]
     for ax, (key, title) in zip(axes, MEASURES.items()):
         for k, name in enumerate(names):
@@ -492,7 +512,7 @@ def plot_focus(rows, names, explained, path):
         if key == "mass":
             ax.hlines([100 * g["area"] for g in groups], np.arange(len(groups)) - 0.4, np.arange(len(groups)) + 0.4, color="0.4", ls=":",
                       label="object's area")
-        ax.set_xticks(range(len(groups)), [f"G{g['group']}{'*' if g['minority'] else ''}\n{g['name']}\nn = {g['n']}" for g in groups], fontsize=6)
+        ax.set_xticks(range(len(groups)), [f"G{g['group']}{'*' if g['minority'] else ''}\n{g['name']}\nn = {g['n']}" for g in groups], fontsize=7)
         ax.set_title(title, fontsize=9)
         ax.grid(axis="y", color="0.92")
         ax.set_axisbelow(True)

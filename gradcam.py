@@ -1,7 +1,7 @@
 """Stage 5: where does the network look? Grad-CAM before and after fine-tuning, and a number beside the picture.
 
     python gradcam.py                                           # the run of train_erm.py and finetune_contrastive.py
-    python gradcam.py --run runs/wb0 --masks CUB/segmentations --target 1
+    python gradcam.py --run runs/wb0 --masks CUB/segmentations --target label
     python gradcam.py --run runs/wb0 --after runs/wb0/finetune*/best.pt --images a.jpg b.jpg
 
 Paper: section 2.2.4, Figure 10. For some test images of the minority groups, the image and the maps of the ERM
@@ -12,7 +12,6 @@ Writes RUN/gradcam/ (replaced): args.json, fig10_gradcam.png and, with masks, fo
 
 import argparse
 import copy
-import io
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +43,10 @@ def parse_args():
     p.add_argument("--layer", help="module whose output is mapped, by dotted name (default: the last convolution before the head, "
                                    "not on a shortcut: layer4.2.conv3 in ResNet-50, as in the paper; in a transformer the first norm of "
                                    "the last block)")
-    p.add_argument("--target", help="class whose logit is explained: label, predicted or a class number; the paper's is output 0, "
-                                    "which in its code is waterbird (class 1 here) and in the usual encoding landbird (default label; "
-                                    "with --images, which have no label, predicted)")
+    p.add_argument("--target", default="0",
+                   help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: dimension 0, "
+                        "here and usually landbird or non-blond, in the released code, whose encoding is reversed, waterbird or blond "
+                        "(default %(default)s)")
     p.add_argument("--groups", type=int, nargs="+", metavar="G", help="groups to draw test images from (default the minority groups)")
     p.add_argument("--n", type=int, default=8, help="images to draw, spread evenly over the groups (default %(default)s)")
     p.add_argument("--images", nargs="+", metavar="FILE", help="draw these files instead, and measure nothing")
@@ -65,7 +65,6 @@ def main():
     check_flags(args, "n", "batch_size")
     args.before = args.before or args.run / "erm" / "best.pt"
     args.after = args.after or [str(args.run / "finetune" / "best.pt")]
-    args.target = args.target or ("predicted" if args.images else "label")
     models, checkpoint, test = load_networks(args)
     before, *after = models
     size, classes = checkpoint["size"], class_names(checkpoint)
@@ -489,9 +488,7 @@ def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, la
         bar.ax.tick_params(labelsize=7)
     fig.suptitle(f"Grad-CAM of {layer} for {explained}{'' if shapes is None else '; white: outline of the object'}"
                  f"{'; * minority' if any('*' in caption for caption in captions) else ''}", fontsize=9)
-    drawing = io.BytesIO()
-    fig.savefig(drawing, dpi=100)
-    Image.open(drawing).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)  # a third of the size
+    fig.savefig(path, dpi=100)
     plt.close(fig)
 
 

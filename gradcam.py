@@ -12,6 +12,7 @@ Writes RUN/gradcam/ (replaced): args.json, fig10_gradcam.png and, with masks, fo
 
 import argparse
 import copy
+import itertools
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -40,20 +41,22 @@ def parse_args():
     p.add_argument("--before", type=Path, help="network on top (default RUN/erm/best.pt)")
     p.add_argument("--after", nargs="+", metavar="FILE", help="networks below it, one or more (default RUN/finetune/best.pt)")
     p.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
-    p.add_argument("--layer", help="module whose output is mapped, by dotted name (default: the last convolution before the head, "
-                                   "not on a shortcut: layer4.2.conv3 in ResNet-50, as in the paper; in a transformer the first norm of "
-                                   "the last block)")
+    p.add_argument("--layer",
+                   help="module whose output is mapped, by dotted name (default: the last convolution before the head, not on a "
+                        "shortcut: layer4.2.conv3 in ResNet-50, as in the paper; in a transformer the first norm of the last block)")
     p.add_argument("--target", default="0",
-                   help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: dimension 0, "
-                        "here and usually landbird or non-blond, in the released code, whose encoding is reversed, waterbird or blond "
-                        "(default %(default)s)")
-    p.add_argument("--groups", type=int, nargs="+", metavar="G", help="groups to draw test images from (default the minority groups)")
+                   help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: dimension "
+                        "0, here and usually landbird or non-blond, in the released code, whose encoding is reversed, waterbird or "
+                        "blond (default %(default)s)")
+    p.add_argument("--groups", type=int, nargs="+", metavar="G",
+                   help="groups to draw test images from (default the minority groups)")
     p.add_argument("--n", type=int, default=8, help="images to draw, spread evenly over the groups (default %(default)s)")
     p.add_argument("--images", nargs="+", metavar="FILE", help="draw these files instead, and measure nothing")
     p.add_argument("--masks", type=Path, metavar="DIR",
-                   help="object masks of the test images: PNGs of the same relative path and size; object is what exceeds half of the "
-                        "file's largest value (default: the built-in set has its own, other data are not measured)")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of images, the random head and the bootstrap (default %(default)s)")
+                   help="object masks of the test images: PNGs of the same relative path and size; object is what exceeds half of "
+                        "the file's largest value (default: the built-in set has its own, other data are not measured)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of the choice of images, the random head and the bootstrap (default %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     p.add_argument("--batch-size", type=int, default=128, help="images per pass (default %(default)s)")
     p.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
@@ -83,8 +86,9 @@ def main():
 
     # The picture: a seeded choice of images, or the user's own
     shown = {name: explain(model, images.to(args.device), y, layer, size, args) for name, model in models.items()}
-    captions = [Path(name).name for name in names] if args.images else [group_title(test.groups[j]) for j in test.g[index].tolist()]
-    drawn = [{"file": name, "group": None if y is None else int(test.g[index[i]]), "label": None if y is None else int(y[i]),
+    groups = [None] * len(names) if args.images else test.g[index].tolist()
+    captions = [Path(name).name if j is None else group_title(test.groups[j]) for name, j in zip(names, groups)]
+    drawn = [{"file": name, "group": groups[i], "label": None if y is None else int(y[i]),
               "networks": {model: verdict(maps[i], logits[i]) for model, (maps, logits) in shown.items()}}
              for i, name in enumerate(names)]
     print(f"Grad-CAM of {layer} ({grid[0]} x {grid[1]}) for the logit of {explained}")
@@ -109,8 +113,9 @@ def main():
         write_csv(folder / "focus.csv", rows)
         plot_focus(rows, [*models, *CONTROLS], explained, folder / "focus.png")
     write_json(folder / "results.json", {
-        "stage": "gradcam", "before": str(args.before), "after": dict(zip(after, args.after)), "layer": layer, "grid": grid, "target": args.target,
-        "target_class": explained, "classes": classes, "images": drawn, "without_mask": dict(problems), "focus": rows})
+        "stage": "gradcam", "before": str(args.before), "after": dict(zip(after, args.after)), "layer": layer, "grid": grid,
+        "target": args.target, "target_class": explained, "classes": classes, "images": drawn, "without_mask": dict(problems),
+        "focus": rows})
     print(f"wrote {folder}/")
 
 
@@ -160,7 +165,8 @@ def as_grid(model, layer, values):
         side = math.isqrt(patches.shape[1])
         if side > 0 and side ** 2 == patches.shape[1]:
             return patches.transpose(1, 2).unflatten(2, (side, side))
-    raise BadInput(f"--layer {layer}: gives {tuple(values.shape[1:])} for an image, which is no map; try {', '.join(candidates(model))}")
+    raise BadInput(f"--layer {layer}: gives {tuple(values.shape[1:])} for an image, which is no map; candidates are "
+                   + ", ".join(candidates(model)))
 
 
 def candidates(model):
@@ -219,7 +225,8 @@ def bootstrap(values, seed=0, resamples=1000):
     """Mean (K,) and 95 % interval (2, K) of values (n, K) over images drawn anew; NaN is left out of a column, and is the
     result where a column has nothing else."""
     n, generator, known = len(values), torch.Generator().manual_seed(seed), ~values.isnan()
-    times = torch.zeros(resamples, n).scatter_add_(1, torch.randint(n, (resamples, n), generator=generator), torch.ones(resamples, n))
+    drawn = torch.randint(n, (resamples, n), generator=generator)
+    times = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
     means = (times @ values.nan_to_num()) / (times @ known.float())
     return values.nanmean(0), means.nanquantile(torch.tensor([0.025, 0.975]), 0)
 
@@ -271,8 +278,8 @@ def measure(models, split, layer, size, args):
             scores[name].append(focus(maps, masks).cpu())
         scores["gaussian"].append(focus(blob.expand_as(masks), masks).cpu())
     if problems.total() == len(split.y):
-        raise BadInput(f"--masks {args.masks}: no usable mask for any of the {len(split.y)} test images ({listed(problems)}); looked for "
-                       f"{args.masks / Path(split.files[0]).with_suffix('.png')} and so on")
+        raise BadInput(f"--masks {args.masks}: no usable mask for any of the {len(split.y)} test images ({listed(problems)}); looked "
+                       f"for {args.masks / Path(split.files[0]).with_suffix('.png')} and so on")
     return {name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(area), problems
 
 
@@ -311,15 +318,16 @@ def focus_rows(scores, area, split, before, after, seed):
 def load_networks(args):
     """{name: model} with the earlier one first, its checkpoint, and the test split (None with --images). A network is called
     by the folder of its checkpoint."""
-    for path in map(Path, args.after):
-        if not path.is_file():
-            raise BadInput(f"{path}: no such checkpoint; run finetune_contrastive.py first or pass --after FILE")
+    paths = [str(args.before), *args.after]
+    for path in paths:
+        if not Path(path).is_file():
+            script, flag = ("train_erm.py", "before") if path == paths[0] else ("finetune_contrastive.py", "after")
+            raise BadInput(f"{path}: no such checkpoint; run {script} first or pass --{flag} FILE")
     if args.images:
         (model, checkpoint), test = load_model(args.before, args.device), None
     else:
         model, checkpoint, splits = reopen(args.before, args.data, args.cache, args.device, ("test",))
         test = splits["test"]
-    paths = [str(args.before), *args.after]
     names = [Path(path).resolve().parent.name for path in paths]
     names = names if len({*names, *CONTROLS}) == len(names) + len(CONTROLS) else paths
     if len({*names}) < len(names):
@@ -329,7 +337,7 @@ def load_networks(args):
         models[name], other = load_model(path, args.device)
         for key in ("arch", "n_classes", "size"):
             if other[key] != checkpoint[key]:
-                raise BadInput(f"{path} has {key} {other[key]} and {args.before} has {checkpoint[key]}; the networks must be alike")
+                raise BadInput(f"{path} has {key} {other[key]} and {args.before} has {checkpoint[key]}; networks must be alike")
     for network in models.values():
         network.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU
     return models, checkpoint, test
@@ -441,7 +449,8 @@ def print_focus(rows):
     print("\nFocus on the object over the test split, in %, mean [95 % interval]; * minority")
     for group in dict.fromkeys(row["group"] for row in rows):
         of_group = [row for row in rows if row["group"] == group]
-        print(f"{group} {group_title(of_group[0])}, n = {of_group[0]['n']}, object {100 * of_group[0]['area']:.1f} % of the image")
+        first = of_group[0]
+        print(f"{group} {group_title(first)}, n = {first['n']}, object {100 * first['area']:.1f} % of the image")
         for row in of_group:
             cells = [f"{name} {percent(row, name):26s}" for name in MEASURES]
             print(f"  {row['model']:28s} {' '.join(cells)}{' empty ' + str(row['empty']) if row['empty'] else ''}".rstrip())
@@ -495,21 +504,23 @@ def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, la
 def plot_focus(rows, names, explained, path):
     """The three measures per group and network, with 95 % intervals, and the object's share of the image, which is what a
     map that is the same everywhere would have as its mass inside the object."""
-    groups = list({row["group"]: row for row in rows}.values())
+    groups = {row["group"]: row for row in rows}
+    place, ticks = {j: i for i, j in enumerate(groups)}, np.arange(len(groups))
     fig, axes = plt.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.8), layout="constrained", sharey=True)
-    styles = [*zip("osD^vP", ("black", "white", "0.55", "0.35", "0.75", "0.9"))]
+    markers = {**dict(zip(names, zip(itertools.cycle("osD^vP"), itertools.cycle(("black", "white", "0.6"))))),
+               "random head": ("x", "black"), "gaussian": ("+", "black")}
     for ax, (key, title) in zip(axes, MEASURES.items()):
         for k, name in enumerate(names):
             of_name = [row for row in rows if row["model"] == name and row[key] is not None]
-            x = [groups.index(next(g for g in groups if g["group"] == row["group"])) + 0.7 * ((k + 0.5) / len(names) - 0.5) for row in of_name]
+            x = [place[row["group"]] + 0.7 * ((k + 0.5) / len(names) - 0.5) for row in of_name]
             mean, low, high = (np.array([100 * row[key + part] for row in of_name]) for part in ("", "_low", "_high"))
-            marker, colour = ("x", "black") if name == "random head" else ("+", "black") if name == "gaussian" else styles[k % len(styles)]
-            ax.errorbar(x, mean, [mean - low, high - mean], fmt=marker, mfc=colour, mec="black", ecolor="0.3", ms=6, capsize=2, lw=1,
-                        label=name)
+            ax.errorbar(x, mean, [mean - low, high - mean], fmt=markers[name][0], mfc=markers[name][1], mec="black", ecolor="0.3",
+                        ms=6, capsize=2, lw=1, label=name)
         if key == "mass":
-            ax.hlines([100 * g["area"] for g in groups], np.arange(len(groups)) - 0.4, np.arange(len(groups)) + 0.4, color="0.4", ls=":",
-                      label="object's area")
-        ax.set_xticks(range(len(groups)), [f"G{g['group']}{'*' if g['minority'] else ''}\n{g['name']}\nn = {g['n']}" for g in groups], fontsize=7)
+            areas = [100 * row["area"] for row in groups.values()]
+            ax.hlines(areas, ticks - 0.4, ticks + 0.4, color="0.4", ls=":", label="object's share of the image")
+        ax.set_xticks(ticks, [f"G{j}{'*' if row['minority'] else ''}\n{row['name']}\nn = {row['n']}" for j, row in groups.items()],
+                      fontsize=7)
         ax.set_title(title, fontsize=9)
         ax.grid(axis="y", color="0.92")
         ax.set_axisbelow(True)

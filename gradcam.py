@@ -42,19 +42,20 @@ def parse_args():
     p.add_argument("--after", nargs="+", metavar="FILE", help="networks below it, one or more (default RUN/finetune/best.pt)")
     p.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
     p.add_argument("--layer",
-                   help="module whose output is mapped, by dotted name (default: the last convolution before the head, not on a "
-                        "shortcut: layer4.2.conv3 in ResNet-50, as in the paper; in a transformer the first norm of the last block)")
+                   help="module whose output is mapped, by dotted name (default: the last convolution before the head, not on "
+                        "a shortcut: layer4.2.conv3 in ResNet-50, as in the paper; in a transformer the first norm of the last "
+                        "block)")
     p.add_argument("--target", default="0",
-                   help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: dimension "
-                        "0, here and usually landbird or non-blond, in the released code, whose encoding is reversed, waterbird or "
-                        "blond (default %(default)s)")
+                   help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: "
+                        "dimension 0, here and usually landbird or non-blond, in the released code, whose encoding is reversed, "
+                        "waterbird or blond (default %(default)s)")
     p.add_argument("--groups", type=int, nargs="+", metavar="G",
                    help="groups to draw test images from (default the minority groups)")
     p.add_argument("--n", type=int, default=8, help="images to draw, spread evenly over the groups (default %(default)s)")
     p.add_argument("--images", nargs="+", metavar="FILE", help="draw these files instead, and measure nothing")
     p.add_argument("--masks", type=Path, metavar="DIR",
-                   help="object masks of the test images: PNGs of the same relative path and size; object is what exceeds half of "
-                        "the file's largest value (default: the built-in set has its own, other data are not measured)")
+                   help="object masks of the test images: PNGs of the same relative path and size; object is what exceeds half "
+                        "of the file's largest value (default: the built-in set has its own, other data are not measured)")
     p.add_argument("--seed", type=int, default=0,
                    help="of the choice of images, the random head and the bootstrap (default %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
@@ -278,8 +279,8 @@ def measure(models, split, layer, size, args):
             scores[name].append(focus(maps, masks).cpu())
         scores["gaussian"].append(focus(blob.expand_as(masks), masks).cpu())
     if problems.total() == len(split.y):
-        raise BadInput(f"--masks {args.masks}: no usable mask for any of the {len(split.y)} test images ({listed(problems)}); looked "
-                       f"for {args.masks / Path(split.files[0]).with_suffix('.png')} and so on")
+        raise BadInput(f"--masks {args.masks}: no usable mask for any of the {len(split.y)} test images ({listed(problems)}); "
+                       f"looked for {args.masks / Path(split.files[0]).with_suffix('.png')} and so on")
     return {name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(area), problems
 
 
@@ -483,7 +484,7 @@ def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, la
                 ax.text(0.5, 0.5, "map is empty", transform=ax.transAxes, ha="center", va="center", fontsize=8,
                         bbox={"facecolor": "white", "edgecolor": "none"})
             else:
-                heat = ax.imshow((maps[i] / maps[i].max()).cpu(), cmap="magma", vmin=0, vmax=1, alpha=0.6)
+                heat = ax.imshow((maps[i] / maps[i].max()).cpu().numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
             ax.set_xlabel(in_words(says, classes, row["label"]), fontsize=7)
@@ -514,13 +515,13 @@ def plot_focus(rows, names, explained, path):
             of_name = [row for row in rows if row["model"] == name and row[key] is not None]
             x = [place[row["group"]] + 0.7 * ((k + 0.5) / len(names) - 0.5) for row in of_name]
             mean, low, high = (np.array([100 * row[key + part] for row in of_name]) for part in ("", "_low", "_high"))
-            ax.errorbar(x, mean, [mean - low, high - mean], fmt=markers[name][0], mfc=markers[name][1], mec="black", ecolor="0.3",
-                        ms=6, capsize=2, lw=1, label=name)
+            ax.errorbar(x, mean, [mean - low, high - mean], fmt=markers[name][0], mfc=markers[name][1], mec="black",
+                        ecolor="0.3", ms=6, capsize=2, lw=1, label=name)
         if key == "mass":
             areas = [100 * row["area"] for row in groups.values()]
             ax.hlines(areas, ticks - 0.4, ticks + 0.4, color="0.4", ls=":", label="object's share of the image")
-        ax.set_xticks(ticks, [f"G{j}{'*' if row['minority'] else ''}\n{row['name']}\nn = {row['n']}" for j, row in groups.items()],
-                      fontsize=7)
+        labels = [f"G{j}{'*' if row['minority'] else ''}\n{row['name']}\nn = {row['n']}" for j, row in groups.items()]
+        ax.set_xticks(ticks, labels, fontsize=7)
         ax.set_title(title, fontsize=9)
         ax.grid(axis="y", color="0.92")
         ax.set_axisbelow(True)

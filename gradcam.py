@@ -14,6 +14,7 @@ import argparse
 import copy
 import itertools
 import math
+import textwrap
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,8 +48,8 @@ def parse_args():
                         "block)")
     p.add_argument("--target", default="0",
                    help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: "
-                        "dimension 0, here and usually landbird or non-blond, in the released code, whose encoding is reversed, "
-                        "waterbird or blond (default %(default)s)")
+                        "dimension 0, here and usually landbird or non-blond, in the released code, whose encoding is "
+                        "reversed, waterbird or blond (default %(default)s)")
     p.add_argument("--groups", type=int, nargs="+", metavar="G",
                    help="groups to draw test images from (default the minority groups)")
     p.add_argument("--n", type=int, default=8, help="images to draw, spread evenly over the groups (default %(default)s)")
@@ -520,7 +521,8 @@ def plot_focus(rows, names, explained, path):
         if key == "mass":
             areas = [100 * row["area"] for row in groups.values()]
             ax.hlines(areas, ticks - 0.4, ticks + 0.4, color="0.4", ls=":", label="object's share of the image")
-        labels = [f"G{j}{'*' if row['minority'] else ''}\n{row['name']}\nn = {row['n']}" for j, row in groups.items()]
+        labels = [f"G{j}{'*' if row['minority'] else ''}\n{textwrap.fill(row['name'], 12)}\nn = {row['n']}"
+                  for j, row in groups.items()]
         ax.set_xticks(ticks, labels, fontsize=7)
         ax.set_title(title, fontsize=9)
         ax.grid(axis="y", color="0.92")

@@ -472,7 +472,7 @@ def percent(row, name):
 def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, layer, path):
     """Figure 10: a column per image, the picture on top and a row of maps per network, the earlier network first. A map is
     scaled by its own maximum and laid over the picture in grey; white: the object's outline, where it is known."""
-    fig, axes = plt.subplots(1 + len(shown), len(drawn), figsize=(1 + 1.3 * len(drawn), 0.5 + 1.5 * (1 + len(shown))),
+    fig, axes = plt.subplots(1 + len(shown), len(drawn), figsize=(max(4.5, 1 + 1.3 * len(drawn)), 0.6 + 1.5 * (1 + len(shown))),
                              layout="constrained", squeeze=False)
     for i, row in enumerate(drawn):
         picture = pictures[i].permute(1, 2, 0).numpy()
@@ -497,8 +497,9 @@ def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, la
         bar = fig.colorbar(heat, ax=axes[1:], fraction=0.02, pad=0.01)
         bar.set_label("Grad-CAM (1: the map's maximum)", fontsize=7)
         bar.ax.tick_params(labelsize=7)
-    fig.suptitle(f"Grad-CAM of {layer} for {explained}{'' if shapes is None else '; white: outline of the object'}"
-                 f"{'; * minority' if any('*' in caption for caption in captions) else ''}", fontsize=9)
+    notes = ["white: outline of the object"] if shapes is not None else []
+    notes += ["* minority"] if any("*" in caption for caption in captions) else []
+    fig.suptitle(f"Grad-CAM of {layer} for {explained}\n{'; '.join(notes)}".strip(), fontsize=9)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
@@ -527,7 +528,7 @@ def plot_focus(rows, names, explained, path):
         ax.set_title(title, fontsize=9)
         ax.grid(axis="y", color="0.92")
         ax.set_axisbelow(True)
-    axes[0].set_ylabel("% (mean, 95 % interval)")
+    axes[0].set(ylabel="% (mean, 95 % interval)", ylim=(0, None))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     fig.suptitle(f"Focus of Grad-CAM on the object, test split, for {explained} (* minority)", fontsize=10)
     fig.savefig(path, dpi=100)

@@ -287,6 +287,14 @@ def test_masks_of_every_kind(tmp_path):
     assert read_mask(tmp_path / "none.png", 40, (20, 30)) == "missing" and read_mask(tmp_path / "broken.png", 40, (20, 30)) == "unreadable"
 
 
+def test_real_masks_fit_their_images(real_data):
+    files = sorted((real_data / "birds50" / "masks").rglob("*.png"))[::100]
+    for path in files:
+        with Image.open(real_data / "birds50" / path.relative_to(real_data / "birds50" / "masks").with_suffix(".jpg")) as image:
+            mask = read_mask(path, 128, (image.height, image.width))
+        assert 0.005 < mask.mean() < 0.9, path
+
+
 def test_choice_of_images_is_seeded_and_even():
     g = torch.arange(4).repeat_interleave(torch.tensor([50, 2, 40, 9]))
     split = Split(None, None, None, g, None, None, None)

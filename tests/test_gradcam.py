@@ -15,7 +15,7 @@ from PIL import Image
 
 import gradcam as stage
 from common import BadInput, Split, build_model, load_checkpoint, save_checkpoint
-from gradcam import bootstrap, candidates, choose_images, choose_layer, focus, gaussian, grad_cam, is_empty, random_head, read_mask
+from gradcam import bootstrap, choose_images, choose_layer, focus, gaussian, grad_cam, is_empty, random_head, read_mask
 
 from .conftest import assert_refused, run_script, write_waterbirds
 

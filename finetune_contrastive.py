@@ -93,15 +93,18 @@ def parse_args():
     g.add_argument("--loss", choices=["mse", "ce"], default="mse",
                    help="supervised term: squared error of softmax outputs or cross entropy of logits; paper: mse, released "
                         "code: ce, a mean, which is --loss ce --lam-reduction mean (default %(default)s)")
-    g.add_argument("--lam", type=float, default=0.2, help="lambda of eq. 2.3, of a sum over the batch: 0.2 weighs an image 0.2 x batch size; paper and released "
+    g.add_argument("--lam", type=float, default=0.2,
+                   help="lambda of eq. 2.3; of a sum over the batch, so that 0.2 weighs an image 0.2 x batch size; paper and released "
                         "code 0.2, the latter with batches of 100 (default %(default)s)")
     g.add_argument("--lam-reduction", choices=["sum", "mean"], default="sum",
                    help="supervised term summed over the batch, as the released code sums its squared error, or its mean, as "
                         "eq. 2.3 reads; NT-Xent is a mean in both (default %(default)s, the one that trains)")
 
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=int, help="passes over the training images; paper 20, released code 21 (default 20; synthetic: 5)")
-    g.add_argument("--lr", type=float, default=2e-4, help="learning rate of Adam, halved after two epochs without a lower training loss; paper and released code "
+    g.add_argument("--epochs", type=int,
+                   help="passes over the training images; paper 20, released code 21 (default 20; synthetic: 5)")
+    g.add_argument("--lr", type=float, default=2e-4,
+                   help="learning rate of Adam, halved after two epochs without a lower training loss; paper and released code "
                         "2e-4 (default %(default)s)")
     g.add_argument("--batch-size", type=int,
                    help="images per step; paper silent, released code 100 (default: that of the ERM run, 256 in the paper)")
@@ -269,7 +272,7 @@ def main():
     model, start, splits = reopen(args.checkpoint, args.data, args.cache, args.device, SPLITS)
     train, size = splits["train"], start["size"]
     unit = {"auto": "weight" if is_transformer(model) else "channel"}.get(args.unit, args.unit)
-    if args.gradient_source == "minority" and args.criterion in ("gradient", "mixed") and not any(g["minority"] for g in train.groups):
+    if args.gradient_source == "minority" and not any(g["minority"] for g in train.groups):
         raise BadInput("--gradient-source minority: no group of this data set is a minority; use train")
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
     set_seed(args.seed)
@@ -397,8 +400,8 @@ def print_epoch(row, epochs):
 def print_table(results):
     """Group accuracies before and after, and how firmly validation chose the epoch."""
     before, after = results["before"], results["splits"]
-    print(f"\nbefore ({results['start']}, epoch {results['start_epoch']}) -> after (epoch {results['selected_epoch']} of {results['epochs']}, "
-          f"{results['method']}); accuracy in %, * minority")
+    print(f"\nbefore ({results['start']}, epoch {results['start_epoch']}) -> after (epoch {results['selected_epoch']} of "
+          f"{results['epochs']}, {results['method']}); accuracy in %, * minority")
     print(f"{'group':32s}" + "".join(f"{name:>18s}" for name in SPLITS))
     for j, g in enumerate(before["train"]["groups"]):
         pairs = [(before[name]["groups"][j], after[name]["groups"][j]) for name in SPLITS]

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (BadInput, batches, center, check_flags, classifier_heads, is_transformer, load_model, normalize,
-                    one_line_errors, plain, prunable_layers, reopen, start_run, warn, write_csv, write_json)
+                    one_line_errors, plain, prunable_layers, reopen, warn, whole_folder, write_csv, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -72,7 +72,7 @@ def main():
     args.after = args.after or [str(args.run / "finetune" / "best.pt")]
     models, checkpoint, test = load_networks(args)
     before, *after = models
-    size, classes = checkpoint["size"], class_names(checkpoint)
+    size, classes = checkpoint["size"], class_names(checkpoint, args.before)
     layer = args.layer = choose_layer(args.layer, models[before])
     grid = map_grid(models[before], layer, size)
     explained = check_target(args, classes)
@@ -109,15 +109,16 @@ def main():
         print("no object masks (--masks DIR): nothing measured")
 
     folder = args.run / "gradcam"
-    start_run(folder, args, "new")
-    plot_images(center(images, size), shown, drawn, captions, shapes, classes, explained, layer, folder / "fig10_gradcam.png")
-    if rows:
-        write_csv(folder / "focus.csv", rows)
-        plot_focus(rows, [*models, *CONTROLS], explained, folder / "focus.png")
-    write_json(folder / "results.json", {
-        "stage": "gradcam", "before": str(args.before), "after": dict(zip(after, args.after)), "layer": layer, "grid": grid,
-        "target": args.target, "target_class": explained, "classes": classes, "images": drawn, "without_mask": dict(problems),
-        "focus": rows})
+    with whole_folder(folder, args) as new:
+        plot_images(center(images, size), shown, drawn, captions, shapes, classes, explained, layer,
+                    new / "fig10_gradcam.png")
+        if rows:
+            write_csv(new / "focus.csv", rows)
+            plot_focus(rows, [*models, *CONTROLS], explained, new / "focus.png")
+        write_json(new / "results.json", {
+            "stage": "gradcam", "before": str(args.before), "after": dict(zip(after, args.after)), "layer": layer,
+            "grid": grid, "target": args.target, "target_class": explained, "classes": classes, "images": drawn,
+            "without_mask": dict(problems), "focus": rows})
     print(f"wrote {folder}/")
 
 
@@ -337,16 +338,21 @@ def load_networks(args):
     models = {names[0]: model}
     for name, path in zip(names[1:], args.after):
         models[name], other = load_model(path, args.device)
-        for key in ("arch", "n_classes", "size"):
+        for key in ("arch", "n_classes", "size"):  # and the classes below: the same number need not be the same classes
             if other[key] != checkpoint[key]:
                 raise BadInput(f"{path} has {key} {other[key]} and {args.before} has {checkpoint[key]}; networks must be alike")
+        ours, theirs = (", ".join(class_names(saved, source)) for saved, source in ((checkpoint, args.before), (other, path)))
+        if theirs != ours:
+            raise BadInput(f"{path} tells {theirs} apart and {args.before} {ours}; networks must be alike")
     for network in models.values():
         network.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU
     return models, checkpoint, test
 
 
-def class_names(checkpoint):
+def class_names(checkpoint, path):
     """What the classes are called: the first word of their groups' names ('landbird on water')."""
+    if not {"data", "metrics"} <= checkpoint.keys():
+        raise BadInput(f"{path}: not a checkpoint of a training stage (it lacks data or metrics)")
     groups, n = checkpoint["metrics"]["train"]["groups"], checkpoint["n_classes"]
     return [groups[c * len(groups) // n]["name"].split()[0].strip(",") for c in range(n)]
 

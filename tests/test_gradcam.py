@@ -1,5 +1,6 @@
 """gradcam.py: maps in closed form and against an independent library, the focus measures by hand, whole runs."""
 
+import copy
 import csv
 import json
 import math
@@ -427,6 +428,16 @@ def test_networks_that_are_not_alike(erm_run, tmp_path, monkeypatch):
         save_checkpoint(tmp_path / "best.pt", build_model(changed["arch"], changed["n_classes"], changed["size"]), **changed)
         with pytest.raises(BadInput, match=f"best.pt has {key} {value} and .* must be alike"):
             gradcam_here(monkeypatch, erm_run, "--after", tmp_path / "best.pt")
+    other = copy.deepcopy(fields)
+    for group in other["metrics"]["train"]["groups"]:
+        group["name"] = group["name"].replace("bird", "frog")
+    model = build_model(fields["arch"], fields["n_classes"], fields["size"])
+    save_checkpoint(tmp_path / "best.pt", model, **other)
+    with pytest.raises(BadInput, match="best.pt tells landfrog, waterfrog apart and .* landbird, waterbird; networks must be alike"):
+        gradcam_here(monkeypatch, erm_run, "--after", tmp_path / "best.pt")
+    save_checkpoint(tmp_path / "best.pt", model, **{key: value for key, value in fields.items() if key != "metrics"})
+    with pytest.raises(BadInput, match="it lacks data or metrics"):
+        gradcam_here(monkeypatch, erm_run, "--after", tmp_path / "best.pt")
     with pytest.raises(BadInput, match="name one checkpoint twice"):
         gradcam_here(monkeypatch, erm_run, "--after", erm_run / "run" / "erm" / "best.pt")
 

@@ -236,6 +236,31 @@ def test_mixed_masks_the_union():
     assert zero == parts["magnitude"] | parts["gradient"] and len(parts["magnitude"]) == len(parts["gradient"]) == 4
 
 
+def test_a_transformer_is_masked_by_weight():
+    split, model = small_split(), network("vit_tiny_patch16_224")
+    args = arguments(criterion="mixed", prune_fraction=1e-5)
+    rows = critical_neurons(model, split, torch.randn(len(split.y), 2), args, 32, "weight", 1)
+    layers = prunable_layers(model)
+    k = math.ceil(1e-5 * sum(w.numel() for w in layers.values()))
+    by = {c: [row for row in rows if row["criterion"] == c] for c in ("magnitude", "gradient")}
+    assert len(by["magnitude"]) == len(by["gradient"]) == k
+    everything = torch.cat([w.detach().abs().flatten() for w in layers.values()])
+    assert sorted(row["score"] for row in by["magnitude"]) == sorted(everything.topk(k).values.tolist())
+    masks = neuron_masks(model, {(row["layer"], row["index"]) for row in rows}, "weight")
+    assert sum(int((mask == 0).sum()) for mask in masks.values()) == len({(row["layer"], row["index"]) for row in rows})
+
+
+def test_erm_goes_on_with_the_head_it_began_with():
+    split, model = small_split(), network().eval()
+    def loss(head):
+        torch.manual_seed(1)
+        return stage.step(model, None, split.images, split.original_sizes, split.y, {}, {},
+                          arguments(method="erm", augment="none"), 32, head)["supervised"].item()
+    logits = model(normalize(split.images.float() / 255, model))
+    assert loss("linear") == pytest.approx(torch.nn.functional.cross_entropy(logits, split.y).item(), abs=1e-5)
+    assert loss("softmax") == pytest.approx(torch.nn.functional.cross_entropy(logits.softmax(1), split.y).item(), abs=1e-5)
+
+
 def test_random_masks_differ_by_epoch_and_seed_only():
     split, model = small_split(), planted()
     logits = torch.zeros(len(split.y), 2)

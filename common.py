@@ -721,6 +721,11 @@ def is_transformer(model):
     return any(isinstance(m, torch.nn.MultiheadAttention) or hasattr(m, "qkv") for m in model.modules())
 
 
+def neuron_unit(model, unit="auto"):
+    """'channel' or 'weight': --unit, where auto is channel, in transformers weight."""
+    return {"auto": "weight" if is_transformer(model) else "channel"}.get(unit, unit)
+
+
 def prunable_layers(model):
     """The weights that hold neurons, {layer: parameter} in network order: of every convolution, downsampling
     included; in a transformer of every linear layer instead (qkv, proj, fc1, fc2; torchvision keeps qkv as
@@ -1000,6 +1005,19 @@ def set_seed(seed):
     """Seed NumPy and torch on every device. Same seed, device and versions: same numbers."""
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def fill_defaults(args, defaults):
+    """Give arguments that were left out (None) their default."""
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
+def draw_with_replacement(n, generator, resamples=1000):
+    """For a bootstrap: how often each of n images is drawn in n draws with replacement, (resamples, n)."""
+    drawn = torch.randint(n, (resamples, n), generator=generator)
+    return torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
 
 
 def plain(args):

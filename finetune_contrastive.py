@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
-from common import (SPLITS, BadInput, augment, batches, check_flags, classifier_heads, evaluate, gradient_scores, group_report,
-                    is_transformer, load_checkpoint, load_model, locate, magnitude_scores, neuron_masks, normalize,
-                    one_line_errors, plain, predict, reopen, run_state, save_checkpoint, set_seed, start_run, top_neurons,
-                    warn, worst_images, write_csv, write_json, write_lines)
+from common import (SPLITS, BadInput, augment, batches, check_flags, classifier_heads, draw_with_replacement, evaluate,
+                    fill_defaults, gradient_scores, group_report, load_checkpoint, load_model, locate,
+                    magnitude_scores, neuron_masks, neuron_unit, normalize, one_line_errors, plain, predict, reopen,
+                    run_state, save_checkpoint, set_seed, start_run, top_neurons, warn, worst_images, write_csv,
+                    write_json, write_lines)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -241,9 +242,7 @@ def resolve(args, checkpoint):
     if not {"data", "args", "metrics"} <= checkpoint.keys():
         raise BadInput(f"{args.checkpoint}: not a checkpoint of a training stage (it lacks data, args or metrics)")
     kind, erm = "synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other", checkpoint["args"]
-    for key, value in {**DEFAULTS[kind], **{key: erm[key] for key in ("batch_size", "augment", "seed")}}.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    fill_defaults(args, {**DEFAULTS[kind], **{key: erm[key] for key in ("batch_size", "augment", "seed")}})
     check_flags(args, "epochs", "batch_size", "lr", "temperature")
     if not 0 < args.prune_fraction < 1:
         raise BadInput(f"--prune-fraction {args.prune_fraction}: must lie between 0 and 1, such as 0.0001 for 0.01 %")
@@ -271,7 +270,7 @@ def main():
 
     model, start, splits = reopen(args.checkpoint, args.data, args.cache, args.device, SPLITS)
     train, size = splits["train"], start["size"]
-    unit = {"auto": "weight" if is_transformer(model) else "channel"}.get(args.unit, args.unit)
+    unit = neuron_unit(model, args.unit)
     if args.gradient_source == "minority" and not any(g["minority"] for g in train.groups):
         raise BadInput("--gradient-source minority: no group of this data set is a minority; use train")
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
@@ -376,8 +375,7 @@ def selection_spread(right, g, selected, seed, resamples=1000):
     generator, accuracies = torch.Generator().manual_seed(seed), []
     for j in g.unique():
         n = int((g == j).sum())
-        drawn = torch.randint(n, (resamples, n), generator=generator)
-        times = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
+        times = draw_with_replacement(n, generator, resamples)
         accuracies.append(times @ right[:, g == j].float().T / n)
     worst = torch.stack(accuracies).amin(0).numpy()  # (resamples, epochs)
     chosen = np.bincount(worst.argmax(1), minlength=len(right)) / resamples

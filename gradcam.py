@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (BadInput, batches, center, check_flags, classifier_heads, is_transformer, load_model, normalize,
-                    one_line_errors, plain, prunable_layers, reopen, warn, whole_folder, write_csv, write_json)
+from common import (BadInput, batches, center, check_flags, classifier_heads, draw_with_replacement, is_transformer,
+                    load_model, normalize, one_line_errors, plain, prunable_layers, reopen, warn, whole_folder, write_csv,
+                    write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -228,8 +229,7 @@ def bootstrap(values, seed=0, resamples=1000):
     """Mean (K,) and 95 % interval (2, K) of values (n, K) over images drawn anew; NaN is left out of a column, and is the
     result where a column has nothing else."""
     n, generator, known = len(values), torch.Generator().manual_seed(seed), ~values.isnan()
-    drawn = torch.randint(n, (resamples, n), generator=generator)
-    times = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
+    times = draw_with_replacement(n, generator, resamples)
     means = (times @ values.nan_to_num()) / (times @ known.float())
     return values.nanmean(0), means.nanquantile(torch.tensor([0.025, 0.975]), 0)
 

@@ -16,8 +16,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from common import (BadInput, Variant, accuracy_under, check_flags, gradient_scores, is_transformer, magnitude_scores,
-                    one_line_errors, plain, prunable_layers, reopen, sample_groups, top_neurons, warn, whole_folder,
+from common import (BadInput, Variant, accuracy_under, check_flags, fill_defaults, gradient_scores, magnitude_scores,
+                    neuron_unit, one_line_errors, plain, prunable_layers, reopen, sample_groups, top_neurons, warn, whole_folder,
                     write_csv, write_json)
 
 matplotlib.use("Agg")
@@ -57,9 +57,8 @@ def main():
     model, checkpoint, splits = reopen(args.checkpoint, args.data, args.cache, args.device, {"train", args.split})
     model.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU
     size, train, split, groups = checkpoint["size"], splits["train"], splits[args.split], splits["train"].groups
-    defaults = DEFAULTS["synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"]
-    args.max_per_group = defaults["max_per_group"] if args.max_per_group is None else args.max_per_group
-    unit = {"auto": "weight" if is_transformer(model) else "channel"}.get(args.unit, args.unit)
+    fill_defaults(args, DEFAULTS["synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"])
+    unit = neuron_unit(model, args.unit)
     sizes = {layer: w.numel() if unit == "weight" else len(w) for layer, w in prunable_layers(model).items()}
     layers = choose_layers(args, sizes)
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))

@@ -21,9 +21,10 @@ import matplotlib
 import numpy as np
 import torch
 
-from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, check_flags, gradient_scores, group_report,
-                    is_transformer, locate, magnitude_scores, one_line_errors, plain, predict, prunable_layers, reopen,
-                    sample_groups, top_neurons, whole_folder, worst_images, write_csv, write_json)
+from common import (MODIFICATIONS, BadInput, Variant, accuracy_under, check_flags, fill_defaults, gradient_scores,
+                    group_report, locate, magnitude_scores, neuron_unit, one_line_errors, plain, predict,
+                    prunable_layers, reopen, sample_groups, top_neurons, whole_folder, worst_images, write_csv,
+                    write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -91,10 +92,8 @@ def main():
     model, checkpoint, splits = reopen(args.checkpoint, args.data, args.cache, args.device)
     model.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU
     size, groups, train = checkpoint["size"], splits["train"].groups, splits["train"]
-    defaults = DEFAULTS["synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"]
-    for key, value in defaults.items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    unit = {"auto": "weight" if is_transformer(model) else "channel"}.get(args.unit, args.unit)
+    fill_defaults(args, DEFAULTS["synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other"])
+    unit = neuron_unit(model, args.unit)
     sizes = {layer: w.numel() if unit == "weight" else len(w) for layer, w in prunable_layers(model).items()}
     check(args, sum(sizes.values()))
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))

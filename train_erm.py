@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (SPLITS, BadInput, augment, batches, build_model, check_flags, evaluate, load_checkpoint, load_model,
+from common import (SPLITS, BadInput, augment, batches, build_model, check_flags, evaluate, fill_defaults, load_checkpoint, load_model,
                     load_split, normalize, one_line_errors, plain, read_metadata, run_state, save_checkpoint, set_seed,
                     start_run, write_json, write_lines)
 
@@ -74,9 +74,7 @@ def parse_args():
 def main():
     args = parse_args()
     meta = read_metadata(args.data, args.attributes)
-    for key, value in DEFAULTS[meta.kind].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    fill_defaults(args, DEFAULTS[meta.kind])
     check_flags(args, "epochs", "batch_size", "lr", "size")
     folder = args.run / "erm"
     state = run_state(folder, args)

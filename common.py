@@ -548,8 +548,7 @@ def build_model(arch, n_classes, size, weights="none"):
         state = _read_weights(weights)
     if state is not None:
         _load_body(model, state, head, weights)
-    model.register_buffer("input_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-    model.register_buffer("input_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+    set_normalization(model, mean, std)
     try:
         with torch.inference_mode():
             shape = tuple(model.eval()(torch.zeros(2, 3, size, size)).shape)
@@ -560,8 +559,16 @@ def build_model(arch, n_classes, size, weights="none"):
     return model
 
 
+def set_normalization(model, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Tell `normalize` the mean and std per colour that the model's weights were trained with. They are kept as buffers that
+    are not in the state dict, whose keys stay torchvision's or timm's."""
+    for name, values in (("mean", mean), ("std", std)):
+        buffer = torch.tensor(values, device=next(model.parameters()).device).view(3, 1, 1)
+        model.register_buffer(f"input_{name}", buffer, persistent=False)
+
+
 def normalize(x, model):
-    """Images (B, 3, H, W) in [0, 1] -> what the model's weights were trained on (their mean and std)."""
+    """Images (B, 3, H, W) in [0, 1] -> what the model's weights were trained on (see set_normalization)."""
     return (x - model.input_mean) / model.input_std
 
 
@@ -649,8 +656,7 @@ def load_model(path, device="cpu"):
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:120]
         raise BadInput(f"{path}: its weights are not those of a {checkpoint['arch']} ({reason})") from error
-    for name in ("mean", "std"):
-        getattr(model, f"input_{name}").copy_(torch.tensor(checkpoint[name]).view(3, 1, 1))
+    set_normalization(model, checkpoint["mean"], checkpoint["std"])
     return model.to(device).eval(), checkpoint
 
 
@@ -809,15 +815,15 @@ def _view(weight, index, unit):
 
 
 def neuron_masks(model, neurons, unit="channel"):
-    """The mask m of section 2.1.1, {parameter name: weight-shaped tensor of 0 and 1}, 0 at `neurons`; only
-    parameters that hold one of them are in it."""
+    """The mask m of section 2.1.1, {parameter name: boolean tensor of the weight's shape}, False at `neurons`; only
+    parameters that hold one of them are in it. A mask takes a quarter of its parameter's memory."""
     layers, names = prunable_layers(model), {id(p): name for name, p in model.named_parameters()}
     indices, masks = {}, {}
     for layer, index in neurons:
         indices.setdefault(layer, []).append(index)
     for layer, chosen in indices.items():
-        mask = torch.ones_like(layers[layer]).detach().contiguous()
-        (mask if unit == "channel" else mask.view(-1))[chosen] = 0
+        mask = torch.ones(layers[layer].shape, dtype=torch.bool, device=layers[layer].device)
+        (mask if unit == "channel" else mask.view(-1))[chosen] = False
         masks[names[id(layers[layer])]] = mask
     return masks
 

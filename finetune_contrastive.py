@@ -16,6 +16,7 @@ results.json, curves.png, groups.png.
 """
 
 import argparse
+import csv
 import json
 import math
 import time
@@ -223,6 +224,12 @@ def step(model, project, images, sizes, y, masks, buffers, args, size, head="lin
     return {"contrast": contrast, "supervised": args.lam * supervised_loss(logits, y, args.loss, args.lam_reduction)}
 
 
+def read_pruned(path, finished):
+    """Rows of pruned.csv up to the last finished epoch, without what an interruption may have cut off."""
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and int(row["epoch"]) <= finished]
+
+
 def starting_point(args):
     """The checkpoint to start from: --checkpoint, RUN/erm/epoch_N.pt, or RUN/erm/best.pt. Raises BadInput."""
     if args.checkpoint:
@@ -288,14 +295,17 @@ def main():
         reports = {name: group_report(z.argmax(1), splits[name].y, splits[name].g, train.groups) for name, z in logits.items()}
         return logits, reports
 
-    log, pruned, right, best = [], [], [], {"epoch": 0, "score": -1.0}
+    log, right, neurons, best = [], [], [], {"epoch": 0, "score": -1.0}
+    pruned = []  # of epochs finished before an interruption
     if state == "unfinished":
         last = load_checkpoint(folder / "last.pt")
         model.load_state_dict(last["model"])
         project.load_state_dict(last["projection"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
-        best, pruned, right = last["best"], [dict(zip(COLUMNS, row)) for row in last["pruned"]], list(last["right"])
+        best, right = last["best"], list(last["right"])
+        pruned = read_pruned(folder / "pruned.csv", last["epoch"])
+        neurons = [(row["layer"], int(row["index"])) for row in pruned if int(row["epoch"]) == last["epoch"]]
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][:last["epoch"] + 1]
     logits, reports = measure()
     if not log:
@@ -304,12 +314,12 @@ def main():
         torch.set_rng_state(last["rng"])
         if last["cuda_rng"]:
             torch.cuda.set_rng_state_all(last["cuda_rng"])
+    write_csv(folder / "pruned.csv", pruned, COLUMNS)
 
     for epoch in range(len(log), args.epochs + 1):
         started, lr, sums = time.time(), optimizer.param_groups[0]["lr"], torch.zeros(2, device=args.device)
         rows = critical_neurons(model, train, logits["train"], args, size, unit, epoch) if args.method == "contrastive" else []
-        neurons = sorted({(row["layer"], row["index"]) for row in rows})
-        previous = {(row["layer"], row["index"]) for row in pruned if row["epoch"] == epoch - 1}
+        previous, neurons = neurons, sorted({(row["layer"], row["index"]) for row in rows})
         masks = neuron_masks(model, neurons, unit)
         buffers = {name: b.clone() for name, b in model.named_buffers()} if args.aux_bn == "own" else {}
         order = torch.randperm(len(train.y))
@@ -333,19 +343,19 @@ def main():
 
         logits, reports = measure()
         right.append(logits["val"].argmax(1) == splits["val"].y)
-        pruned += rows
         fields = {**describe, "epoch": epoch, "metrics": reports}
         if reports["val"]["acc_worst"] > best["score"]:
             best = {"epoch": epoch, "score": reports["val"]["acc_worst"]}
             save_checkpoint(folder / "best.pt", model, **fields)
         log.append({"epoch": epoch, "contrast": contrast, "supervised": supervised, "loss": loss, "lr": lr,
                     "seconds": round(time.time() - started, 2), "pruned": len(neurons),
-                    "pruned_before": len(previous.intersection(neurons)), **reports})
+                    "pruned_before": len(set(previous).intersection(neurons)), **reports})
         write_lines(folder / "log.jsonl", log)
-        write_csv(folder / "pruned.csv", pruned, COLUMNS)
+        with open(folder / "pruned.csv", "a", newline="") as file:  # millions of rows where many weights are masked
+            csv.DictWriter(file, COLUMNS).writerows(rows)
         save_checkpoint(folder / "last.pt", model, **fields, best=best, optimizer=optimizer.state_dict(),
                         scheduler=scheduler.state_dict(), projection=project.state_dict(), right=torch.stack(right),
-                        pruned=[list(row.values()) for row in pruned], rng=torch.get_rng_state(),
+                        rng=torch.get_rng_state(),
                         cuda_rng=torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [])
         print_epoch(log[-1], args.epochs)
 
@@ -461,6 +471,8 @@ def compare(folders, figure):
     """Table 12 and Figure 6 from finished runs: test worst-group accuracy of every NAME, mean and standard deviation over run
     folders (seeds), and its difference, paired within the run folder, from the network before fine-tuning and from ERM
     continued with the same start and budget."""
+    if figure.suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"--figure {figure}: expected a file name that ends in .png, .pdf or .svg")
     found = {}  # {data and arch: {name: {run: results}}}
     for folder in (path.resolve() for path in folders):
         for path in [folder / "results.json"] if (folder / "results.json").exists() else sorted(folder.glob("*/results.json")):

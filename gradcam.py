@@ -40,29 +40,37 @@ CONTROLS = ("random head", "gaussian")
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
-    p.add_argument("--before", type=Path, help="network on top (default RUN/erm/best.pt)")
-    p.add_argument("--after", nargs="+", metavar="FILE", help="networks below it, one or more (default RUN/finetune/best.pt)")
-    p.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
-    p.add_argument("--layer",
+
+    g = p.add_argument_group("networks")
+    g.add_argument("--before", type=Path, help="network on top (default RUN/erm/best.pt)")
+    g.add_argument("--after", nargs="+", metavar="FILE", help="networks below it, one or more (default RUN/finetune/best.pt)")
+    g.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
+
+    g = p.add_argument_group("maps")
+    g.add_argument("--layer",
                    help="module whose output is mapped, by dotted name (default: the last convolution before the head, not on "
                         "a shortcut: layer4.2.conv3 in ResNet-50, as in the paper; in a transformer the first norm of the last "
                         "block)")
-    p.add_argument("--target", default="0",
+    g.add_argument("--target", default="0",
                    help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: "
                         "dimension 0, here and usually landbird or non-blond, in the released code, whose encoding is "
                         "reversed, waterbird or blond (default %(default)s)")
-    p.add_argument("--groups", type=int, nargs="+", metavar="G",
+
+    g = p.add_argument_group("images")
+    g.add_argument("--groups", type=int, nargs="+", metavar="G",
                    help="groups to draw test images from (default the minority groups)")
-    p.add_argument("--n", type=int, default=8, help="images to draw, spread evenly over the groups (default %(default)s)")
-    p.add_argument("--images", nargs="+", metavar="FILE", help="draw these files instead, and measure nothing")
-    p.add_argument("--masks", type=Path, metavar="DIR",
+    g.add_argument("--n", type=int, default=8, help="images to draw, spread evenly over the groups (default %(default)s)")
+    g.add_argument("--images", nargs="+", metavar="FILE", help="draw these files instead, and measure nothing")
+    g.add_argument("--masks", type=Path, metavar="DIR",
                    help="object masks of the test images: PNGs of the same relative path and size; object is what exceeds half "
                         "of the file's largest value (default: the built-in set has its own, other data are not measured)")
-    p.add_argument("--seed", type=int, default=0,
+
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0,
                    help="of the choice of images, the random head and the bootstrap (default %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    p.add_argument("--batch-size", type=int, default=128, help="images per pass (default %(default)s)")
-    p.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    g.add_argument("--batch-size", type=int, default=128, help="images per pass (default %(default)s)")
+    g.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
     return p.parse_args()
 
 

@@ -31,22 +31,28 @@ THIRDS = ("first", "middle", "last")
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
-    p.add_argument("--checkpoint", type=Path, help="model to trace (default RUN/erm/best.pt)")
-    p.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
-    p.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto",
-                   help="a neuron is a channel or a single weight (default auto: channel, in transformers weight)")
-    p.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (default %(default)s)")
-    p.add_argument("--layers", nargs="+", help="layers to trace, by name (default all prunable ones)")
-    p.add_argument("--split", choices=["train", "test"], default="train",
+
+    g = p.add_argument_group("what is traced")
+    g.add_argument("--checkpoint", type=Path, help="model to trace (default RUN/erm/best.pt)")
+    g.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
+    g.add_argument("--split", choices=["train", "test"], default="train",
                    help="images whose accuracy is measured; neurons come from training images in any case (default "
                         "%(default)s)")
-    p.add_argument("--max-per-group", type=int,
+    g.add_argument("--max-per-group", type=int, metavar="N",
                    help="trace a random sample of so many images of each group; minority groups in training always whole "
                         "(default all; synthetic: 100)")
-    p.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    p.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")
-    p.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
+
+    g = p.add_argument_group("neurons")
+    g.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto",
+                   help="a neuron is a channel or a single weight (default auto: channel, in transformers weight)")
+    g.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (default %(default)s)")
+    g.add_argument("--layers", nargs="+", metavar="NAME", help="layers to trace, by name (default all prunable ones)")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    g.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")
+    g.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
     return p.parse_args()
 
 

@@ -38,37 +38,47 @@ FEW = 2  # images; a loss larger than that of random neurons by no more is no fi
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
-    p.add_argument("--checkpoint", type=Path, help="model to trace (default RUN/erm/best.pt)")
-    p.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
-    p.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto",
-                   help="a neuron is a channel or a single weight (default auto: channel, in transformers weight)")
-    p.add_argument("--gradient-samples", choices=["group", "worst"], default="group",
-                   help="gradient over all traced training images of a group, or over 128 drawn from its 256 with the highest "
-                        "loss, as in section 4.1 (default %(default)s)")
-    p.add_argument("--modifications", nargs="+", choices=MODIFICATIONS, default=list(MODIFICATIONS),
-                   help="what is done to the neurons (default: all three)")
-    p.add_argument("--top-k", type=int, nargs="+", default=[1, 2, 3, 5, 10],
-                   help="how many neurons are zeroed (default 1 2 3 5 10)")
-    p.add_argument("--random-top-k", type=int, nargs="+", default=[1, 2, 3],
-                   help="those of --top-k at which the random modifications are made and figures drawn (default 1 2 3)")
-    p.add_argument("--sigma", type=float, nargs="*", default=[0.005, 0.01, 0.02],
-                   help="standard deviations of the random modifications, in units of the weights; figures 4 and 5 show the "
-                        "first (default 0.005 0.01 0.02)")
-    p.add_argument("--repeats", type=int, default=10, help="draws of each random modification (default %(default)s)")
-    p.add_argument("--all-groups", action="store_true",
-                   help="random modifications under every I_j on all groups and on test images too, many times the work "
-                        "(default: on group j, and on test images only the noise of Table 13; zeroing always on all groups)")
-    p.add_argument("--controls", type=int, default=40,
-                   help="random neuron sets of each kind, 0 or at least 19 (default %(default)s)")
-    p.add_argument("--control-k", type=int, default=3,
-                   help="neurons in each of them, one of --top-k (default %(default)s)")
-    p.add_argument("--max-per-group", type=int,
+
+    g = p.add_argument_group("what is traced")
+    g.add_argument("--checkpoint", type=Path, help="model to trace (default RUN/erm/best.pt)")
+    g.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
+    g.add_argument("--max-per-group", type=int, metavar="N",
                    help="trace a random sample of so many training and so many test images of each group; minority groups in "
                         "training always whole (default all; synthetic: 100)")
-    p.add_argument("--seed", type=int, default=0, help="of samples, noise and random neurons (default %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    p.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")
-    p.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
+
+    g = p.add_argument_group("neurons")
+    g.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto",
+                   help="a neuron is a channel or a single weight (default auto: channel, in transformers weight)")
+    g.add_argument("--gradient-samples", choices=["group", "worst"], default="group",
+                   help="gradient over all traced training images of a group, or over 128 drawn from its 256 with the highest "
+                        "loss, as in section 4.1 (default %(default)s)")
+
+    g = p.add_argument_group("modifications")
+    g.add_argument("--modifications", nargs="+", choices=MODIFICATIONS, default=list(MODIFICATIONS), metavar="HOW",
+                   help="what is done to the neurons: zero, random-init, random-noise (default: all three)")
+    g.add_argument("--top-k", type=int, nargs="+", metavar="K", default=[1, 2, 3, 5, 10],
+                   help="how many neurons are zeroed (default 1 2 3 5 10)")
+    g.add_argument("--random-top-k", type=int, nargs="+", metavar="K", default=[1, 2, 3],
+                   help="those of --top-k at which the random modifications are made and figures drawn (default 1 2 3)")
+    g.add_argument("--sigma", type=float, nargs="*", metavar="S", default=[0.005, 0.01, 0.02],
+                   help="standard deviations of the random modifications, in units of the weights; figures 4 and 5 show the "
+                        "first (default 0.005 0.01 0.02)")
+    g.add_argument("--repeats", type=int, default=10, help="draws of each random modification (default %(default)s)")
+    g.add_argument("--all-groups", action="store_true",
+                   help="random modifications under every I_j on all groups and on test images too, many times the work "
+                        "(default: on group j, and on test images only the noise of Table 13; zeroing always on all groups)")
+
+    g = p.add_argument_group("control")
+    g.add_argument("--controls", type=int, default=40,
+                   help="random neuron sets of each kind, 0 or at least 19 (default %(default)s)")
+    g.add_argument("--control-k", type=int, default=3,
+                   help="neurons in each of them, one of --top-k (default %(default)s)")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="of samples, noise and random neurons (default %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    g.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default %(default)s)")
+    g.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
     return p.parse_args()
 
 

@@ -38,36 +38,46 @@ DEFAULTS = {  # by kind of data; section 4.1 and Table 2 for all but the built-i
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
-    p.add_argument("--data", default="synthetic", help="'synthetic' (built in), a folder or a metadata csv (default %(default)s)")
-    p.add_argument("--attributes", nargs=2, default=["Blond_Hair", "Male"], metavar=("Y", "A"),
+
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="synthetic", help="'synthetic' (built in), a folder or a metadata csv (default %(default)s)")
+    g.add_argument("--attributes", nargs=2, default=["Blond_Hair", "Male"], metavar=("Y", "A"),
                    help="CelebA only: label and spurious attribute (default Blond_Hair Male)")
-    p.add_argument("--difficulty", type=float, default=0.2,
+    g.add_argument("--difficulty", type=float, default=0.2,
                    help="built-in set only: spread of the birds' shapes within a class, in half distances between the classes "
                         "(default %(default)s)")
-    p.add_argument("--arch", help="resnet10, or any torchvision or timm name (default resnet50; synthetic: resnet10)")
-    p.add_argument("--weights", help="initial weights: 'default' (published ImageNet weights; resnet50: IMAGENET1K_V2), "
+
+    g = p.add_argument_group("model")
+    g.add_argument("--arch", help="resnet10, or any torchvision or timm name (default resnet50; synthetic: resnet10)")
+    g.add_argument("--weights", help="initial weights: 'default' (published ImageNet weights; resnet50: IMAGENET1K_V2), "
                                      "'none', or a file (default 'default'; synthetic: 'none')")
-    p.add_argument("--size", type=int, help="side of the network's input in pixels (default 224; synthetic: 48)")
-    p.add_argument("--epochs", type=int, help="passes over the training images (default 100; synthetic: 20)")
-    p.add_argument("--batch-size", type=int, help="images per step (default 256; synthetic: 128)")
-    p.add_argument("--lr", type=float, help="learning rate of Adam (default 1e-4; synthetic: 1e-3)")
-    p.add_argument("--augment", choices=["table1", "crop-flip", "none"],
+    g.add_argument("--size", type=int, help="side of the network's input in pixels (default 224; synthetic: 48)")
+
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=int, help="passes over the training images (default 100; synthetic: 20)")
+    g.add_argument("--batch-size", type=int, help="images per step (default 256; synthetic: 128)")
+    g.add_argument("--lr", type=float, help="learning rate of Adam (default 1e-4; synthetic: 1e-3)")
+    g.add_argument("--augment", choices=["table1", "crop-flip", "none"],
                    help="table1: the paper's Table 1; crop-flip: what its released code does (default table1; "
                         "synthetic: crop-flip)")
-    p.add_argument("--head", choices=["linear", "softmax"], default="linear",
+    g.add_argument("--head", choices=["linear", "softmax"], default="linear",
                    help="linear: cross entropy of logits, as in the paper; softmax: of softmax outputs, as in its released "
                         "code (default %(default)s)")
-    p.add_argument("--select", choices=["val-wga", "val-mean", "last"], default="val-wga",
+
+    g = p.add_argument_group("selection")
+    g.add_argument("--select", choices=["val-wga", "val-mean", "last"], default="val-wga",
                    help="best.pt is the epoch with the highest validation worst-group accuracy (the paper; first of equals), the "
                         "highest validation mean, or the last (default %(default)s)")
-    p.add_argument("--keep-epochs", type=int, nargs="*", help="keep epoch_NNN.pt after so many epochs (default 30 40 50 60; "
-                                                              "synthetic: 5 10 15 20)")
-    p.add_argument("--seed", type=int, default=0, help="of initial head, order and augmentation (default %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    p.add_argument("--cache", type=Path, default="runs/cache",
+    g.add_argument("--keep-epochs", type=int, nargs="*", metavar="N",
+                   help="keep epoch_NNN.pt after so many epochs, to start stage 4 from (default 30 40 50 60; synthetic: 5 10 15 20)")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="of initial head, order and augmentation (default %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    g.add_argument("--cache", type=Path, default="runs/cache",
                    help="where decoded images are kept, for all stages and seeds (default %(default)s)")
-    p.add_argument("--resume", action="store_true", help="continue from RUN/erm/last.pt if it exists; may raise --epochs")
-    p.add_argument("--overwrite", action="store_true", help="throw away what RUN/erm holds")
+    g.add_argument("--resume", action="store_true", help="continue from RUN/erm/last.pt if it exists; may raise --epochs")
+    g.add_argument("--overwrite", action="store_true", help="throw away what RUN/erm holds")
     return p.parse_args()
 
 

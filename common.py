@@ -647,6 +647,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def check_stage(checkpoint, path):
+    """Raises BadInput unless a training stage wrote the checkpoint, with what later stages take from it."""
+    if not {"data", "args", "metrics"} <= checkpoint.keys():
+        raise BadInput(f"{path}: not a checkpoint of a training stage (it lacks data, args or metrics)")
+
+
 def load_model(path, device="cpu"):
     """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself."""
     checkpoint = load_checkpoint(path)
@@ -698,6 +704,11 @@ def group_report(predicted, y, g, groups):
 def evaluate(model, split, size, device="cpu", batch_size=256):
     """group_report of a model on a split."""
     return group_report(predict(model, split, size, device, batch_size).argmax(1), split.y, split.g, split.groups)
+
+
+def percent(report):
+    """Group accuracies of a report in percent, in one line, minority groups starred."""
+    return " ".join(f"{100 * g['acc']:5.1f}{'*' if g['minority'] else ''}" for g in report["groups"] if g["n"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1103,8 +1114,7 @@ def reopen(path, data=None, cache="runs/cache", device="cpu", names=("train", "t
     """What a later stage starts from: the model of a checkpoint (eval mode), the checkpoint, and the splits `names`
     of its data, or of `data` where they have moved. Raises BadInput if these are not the groups trained on."""
     model, checkpoint = load_model(path, device)
-    if not {"data", "metrics"} <= checkpoint.keys():
-        raise BadInput(f"{path}: not a checkpoint of a training stage (it lacks data or metrics)")
+    check_stage(checkpoint, path)
     source = checkpoint["data"]
     meta = read_metadata(data or source["data"], source["attributes"])
     then = [(row["name"], row["n"]) for row in checkpoint["metrics"]["train"]["groups"]]

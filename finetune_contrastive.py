@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
-from common import (SPLITS, BadInput, augment, batches, check_flags, classifier_heads, draw_with_replacement, evaluate,
-                    fill_defaults, gradient_scores, group_report, load_checkpoint, load_model, locate,
-                    magnitude_scores, neuron_masks, neuron_unit, normalize, one_line_errors, plain, predict, reopen,
+from common import (SPLITS, BadInput, augment, batches, check_flags, check_stage, classifier_heads, draw_with_replacement,
+                    evaluate, fill_defaults, gradient_scores, group_report, load_checkpoint, load_model, locate,
+                    magnitude_scores, neuron_masks, neuron_unit, normalize, one_line_errors, percent, plain, predict, reopen,
                     run_state, save_checkpoint, set_seed, start_run, top_neurons, warn, worst_images, write_csv,
                     write_json, write_lines)
 
@@ -246,8 +246,7 @@ def starting_point(args):
 
 def resolve(args, checkpoint):
     """Fill in what was left out from the ERM run and the kind of data, and refuse what cannot be."""
-    if not {"data", "args", "metrics"} <= checkpoint.keys():
-        raise BadInput(f"{args.checkpoint}: not a checkpoint of a training stage (it lacks data, args or metrics)")
+    check_stage(checkpoint, args.checkpoint)
     kind, erm = "synthetic" if (args.data or checkpoint["data"]["data"]) == "synthetic" else "other", checkpoint["args"]
     fill_defaults(args, {**DEFAULTS[kind], **{key: erm[key] for key in ("batch_size", "augment", "seed")}})
     check_flags(args, "epochs", "batch_size", "lr", "temperature")
@@ -391,11 +390,6 @@ def selection_spread(right, g, selected, seed, resamples=1000):
     chosen = np.bincount(worst.argmax(1), minlength=len(right)) / resamples
     return {"acc_worst_sd": float(worst[:, selected - 1].std(ddof=1)),
             "chosen": {epoch: float(share) for epoch, share in enumerate(chosen, 1) if share > 0}}
-
-
-def percent(report):
-    """Group accuracies in percent, minority groups starred."""
-    return " ".join(f"{100 * g['acc']:5.1f}{'*' if g['minority'] else ''}" for g in report["groups"] if g["n"])
 
 
 def print_epoch(row, epochs):

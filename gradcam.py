@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (BadInput, batches, center, check_flags, classifier_heads, draw_with_replacement, is_transformer,
-                    load_model, normalize, one_line_errors, plain, prunable_layers, reopen, warn, whole_folder, write_csv,
+from common import (BadInput, batches, center, check_flags, check_stage, classifier_heads, draw_with_replacement,
+                    is_transformer, load_model, normalize, one_line_errors, plain, prunable_layers, reopen, warn, whole_folder, write_csv,
                     write_json)
 
 matplotlib.use("Agg")
@@ -359,8 +359,7 @@ def load_networks(args):
 
 def class_names(checkpoint, path):
     """What the classes are called: the first word of their groups' names ('landbird on water')."""
-    if not {"data", "metrics"} <= checkpoint.keys():
-        raise BadInput(f"{path}: not a checkpoint of a training stage (it lacks data or metrics)")
+    check_stage(checkpoint, path)
     groups, n = checkpoint["metrics"]["train"]["groups"], checkpoint["n_classes"]
     return [groups[c * len(groups) // n]["name"].split()[0].strip(",") for c in range(n)]
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (SPLITS, BadInput, augment, batches, build_model, check_flags, evaluate, fill_defaults, load_checkpoint, load_model,
-                    load_split, normalize, one_line_errors, plain, read_metadata, run_state, save_checkpoint, set_seed,
-                    start_run, write_json, write_lines)
+                    load_split, normalize, one_line_errors, percent, plain, read_metadata, run_state, save_checkpoint,
+                    set_seed, start_run, write_json, write_lines)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
@@ -164,11 +164,9 @@ def main():
 
 def print_epoch(row, epochs):
     """One line: loss and group accuracies in percent, the minority groups starred."""
-    def accuracies(report):
-        return " ".join(f"{100 * g['acc']:5.1f}{'*' if g['minority'] else ''}" for g in report["groups"] if g["n"])
     val = row["val"]
-    print(f"epoch {row['epoch']}/{epochs} loss {row['loss']:.4f} lr {row['lr']:.1e} train {accuracies(row['train'])} "
-          f"val {accuracies(val)} worst {100 * val['acc_worst']:.1f} (group {val['worst_group']}) {row['seconds']:.0f} s", flush=True)
+    print(f"epoch {row['epoch']}/{epochs} loss {row['loss']:.4f} lr {row['lr']:.1e} train {percent(row['train'])} "
+          f"val {percent(val)} worst {100 * val['acc_worst']:.1f} (group {val['worst_group']}) {row['seconds']:.0f} s", flush=True)
 
 
 def print_table(results, groups):

@@ -436,7 +436,7 @@ def test_networks_that_are_not_alike(erm_run, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="best.pt tells landfrog, waterfrog apart and .* landbird, waterbird; networks must be alike"):
         gradcam_here(monkeypatch, erm_run, "--after", tmp_path / "best.pt")
     save_checkpoint(tmp_path / "best.pt", model, **{key: value for key, value in fields.items() if key != "metrics"})
-    with pytest.raises(BadInput, match="it lacks data or metrics"):
+    with pytest.raises(BadInput, match="it lacks data, args or metrics"):
         gradcam_here(monkeypatch, erm_run, "--after", tmp_path / "best.pt")
     with pytest.raises(BadInput, match="name one checkpoint twice"):
         gradcam_here(monkeypatch, erm_run, "--after", erm_run / "run" / "erm" / "best.pt")

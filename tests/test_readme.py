@@ -92,7 +92,7 @@ def check_call(call, monkeypatch):
 @pytest.mark.parametrize("text", SHELL + INLINE, ids=lambda text: text.strip().splitlines()[0][:60])
 def test_commands_parse(text, sandbox, monkeypatch):
     calls = recorded(text, sandbox)
-    assert calls
+    assert calls or text.startswith("ft()")
     for call in calls:
         check_call(call, monkeypatch)
 
@@ -111,6 +111,17 @@ def test_a_list_of_jobs_runs_every_line_once_per_way(sandbox):
     calls = recorded(text, sandbox)
     assert sorted(int(call[-1]) for call in calls) == sorted(2 * [*range(10)])  # on GPUs, and as an array job
     assert all(call[call.index("--run") + 1] == f"runs/wb{call[-1]}" for call in calls)
+
+
+def test_the_ablations_as_a_list_of_jobs(sandbox, monkeypatch):
+    """The same runs as the loops, written to jobs.txt by the other `ft` of the page, handed out over GPUs."""
+    definition, = [text for text in SHELL if re.fullmatch(r"ft\(\) .*jobs\.txt; }\n", text)]
+    loops, = [text for text in SHELL if text.startswith("ft()") and text != definition]
+    over_gpus, = [line for text in SHELL for line in text.splitlines() if "CUDA_VISIBLE_DEVICES" in line]
+    as_list = "\n".join([definition, *loops.splitlines()[1:-1], over_gpus])
+    direct = [call for call in recorded(loops, sandbox) if "--compare" not in call]
+    (sandbox / "jobs.txt").unlink(missing_ok=True)
+    assert sorted(recorded(as_list.replace("runs/wb", "runs/synthetic"), sandbox)) == sorted(direct) and len(direct) > 80
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

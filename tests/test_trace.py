@@ -245,7 +245,7 @@ def test_bad_input(run, tmp_path, monkeypatch):
     torch.save({"state_dict": {}}, best)
     refused(structured_trace, "not a checkpoint of this project")
     torch.save({key: value for key, value in torch.load(run / "run/erm/best.pt", weights_only=True).items() if key != "metrics"}, best)
-    refused(structured_trace, "lacks data or metrics")
+    refused(structured_trace, "lacks data, args or metrics")
     best.write_bytes(whole)
     refused(trace_neurons, "no such file", "--data", tmp_path / "gone")
     refused(trace_neurons, "is not what", "--data", "synthetic")

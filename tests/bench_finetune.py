@@ -52,6 +52,7 @@ def main():
     p.add_argument("--batch", type=int, default=128, help="images per step (default %(default)s)")
     p.add_argument("--steps", type=int, default=10, help="per measurement (default %(default)s)")
     p.add_argument("--repeats", type=int, default=5, help="pairs of measurements (default %(default)s)")
+    p.add_argument("--images", type=int, default=4795, help="training images of an epoch (default %(default)s)")
     p.add_argument("--memory", choices=["erm", "contrastive"], help="used by the benchmark itself, in a process of its own")
     options = p.parse_args()
     if options.memory:
@@ -75,9 +76,12 @@ def main():
             rows = critical_neurons(model, split, logits, arguments(criterion=criterion), options.size, "channel", 1)
             neuron_masks(model, [(row["layer"], row["index"]) for row in rows])
             seconds.append(time.perf_counter() - started)
-    print(f"masks: magnitude {1000 * min(masks['magnitude']):.1f} ms, gradient {1000 * min(masks['gradient']):.0f} ms on top of the "
-          f"evaluation pass that the log needs anyway; an evaluation of {len(split.y)} images {1000 * min(evaluation):.0f} ms, "
-          f"so many contrastive steps {1000 * min(pairs, key=max)[1] / options.steps * 8:.0f} ms")
+    epoch = min(contrastive for _, contrastive in pairs) / options.steps * options.images / options.batch
+    a_pass = min(evaluation) / len(split.y) * options.images
+    magnitude, gradient = (min(masks[criterion]) for criterion in ("magnitude", "gradient"))
+    print(f"masks: magnitude {1000 * magnitude:.1f} ms, {100 * magnitude / epoch:.2f} % of the steps of an epoch of {options.images} "
+          f"images; gradient {1000 * gradient:.0f} ms with the logits that the log's evaluation gives, {gradient / a_pass:.2f} of an "
+          f"evaluation pass over them")
     peaks = {method: float(subprocess.run(
         [sys.executable, "-m", "tests.bench_finetune", "--memory", method, "--arch", options.arch, "--size", str(options.size), "--batch",
          str(options.batch)], capture_output=True, text=True, check=True).stdout.split()[-1]) for method in ("erm", "contrastive")}

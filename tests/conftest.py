@@ -77,11 +77,11 @@ def write_celeba(folder, form="txt", images="img_align_celeba", counts=COUNTS):
     return rows
 
 
-def run_script(*arguments, check=True, **environment):
+def run_script(*arguments, check=True, cwd=ROOT, **environment):
     """Run a script of the project in a process of its own, without a network; returns the finished process."""
     settings = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # nothing listens there
     settings["OMP_NUM_THREADS"] = "1"  # the networks are too small to gain from more, and lose much where cores are shared
-    process = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    process = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
                              env={**os.environ, **settings, **environment})
     assert not check or process.returncode == 0, process.stderr
     return process

@@ -250,7 +250,8 @@ def test_a_loss_that_is_not_finite(birds, tmp_path):
 def test_interrupt_says_how_to_go_on(birds, tmp_path):
     options = [sys.executable, "train_erm.py", "--data", str(birds), "--cache", str(birds / "cache"), *SMALL, "--epochs", "500", "--run", str(tmp_path)]
     process = subprocess.Popen(options, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     for line in process.stdout:
         if line.startswith("epoch 1/"):
             process.send_signal(signal.SIGINT)

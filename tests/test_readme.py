@@ -172,10 +172,11 @@ def test_every_heading_linked_to_exists():
     assert linked and linked <= headings, linked - headings
 
 
-def test_no_table_row_has_lost_a_cell():
+def test_tables_are_tables():
     for table in re.findall(r"(?:^\|.*\|\n)+", PAGE, re.M):
         rows = [row.replace("\\|", "").count("|") for row in table.splitlines()]
         assert len(set(rows)) == 1, table.splitlines()[rows.index(min(rows))]
+    assert not re.findall(r"^[^|\s].*\n\|.*\n\|---", PAGE, re.M)  # a table right under a paragraph is not drawn as one
 
 
 def test_every_table_and_figure_of_the_paper_has_a_row():

@@ -1,13 +1,14 @@
-"""Stage 5: where does the network look? Grad-CAM before and after fine-tuning, and a number beside the picture.
+"""Stage 5: where does the network look? Grad-CAM before and after fine-tuning, with numbers beside.
 
-    python gradcam.py                                           # the run of train_erm.py and finetune_contrastive.py
-    python gradcam.py --run runs/wb0 --masks CUB/segmentations --target label
+    python gradcam.py                                           # the runs of stages 1 and 4
+    python gradcam.py --run runs/wb0 --masks CUB/segmentations
     python gradcam.py --run runs/wb0 --after runs/wb0/finetune*/best.pt --images a.jpg b.jpg
 
-Paper: section 2.2.4, Figure 10. For some test images of the minority groups, the image and the maps of the ERM
-network and of the fine-tuned one. Where masks of the object exist, also over the whole test split and per group:
-the share of a map's mass inside the object, the pointing game, and the overlap (IoU), beside two controls.
-Writes RUN/gradcam/ (replaced): args.json, fig10_gradcam.png and, with masks, focus.csv, focus.png; results.json.
+Paper: section 2.2.4, Figure 10. For some test images of the minority groups: the image and the maps
+of the ERM network and of the fine-tuned one. Where masks of the object exist, also over the whole
+test split and per group: the share of a map's mass inside the object and the pointing game, beside
+two controls, the network before with a new head and a centred Gaussian. Writes RUN/gradcam/ (as a
+whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv and focus.png.
 """
 
 import argparse
@@ -16,281 +17,300 @@ import itertools
 import math
 import textwrap
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from common import (BadInput, batches, center, check_flags, check_stage, classifier_heads, draw_with_replacement,
-                    is_transformer, load_model, normalize, one_line_errors, plain, prunable_layers, reopen, warn, whole_folder, write_csv,
-                    write_json)
+import common
+from common import BadInput
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
-
-MEASURES = {"mass": "mass inside the object", "pointing": "pointing game", "iou": "IoU at the object's area"}
+FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.csv", "focus.png")
+MEASURES = {"mass": "mass inside the object", "pointing": "pointing game"}
 CONTROLS = ("random head", "gaussian")
 
+NOTES = """In brackets: the default.
 
-def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--run", type=Path, default="runs/synthetic", help="run folder shared by all stages (default %(default)s)")
+--layer   module whose output is mapped, by dotted name (resnet50: layer4.2.conv3, as in the
+          paper; a transformer with a class token: the first norm of its last block; else the
+          network's last feature map)
+--target  class whose logit is explained: label, each image's own (with --images: predicted);
+          predicted; or a class number. Paper: dimension 0, here landbird or non-blond; in its
+          released code, whose encoding is reversed, waterbird or blond
+--masks   PNGs of the same relative path and size as the test images; object is what exceeds half
+          of a file's largest value. The built-in set has its own; other data are not measured
+          without
+"""
 
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, epilog=NOTES, allow_abbrev=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
     g = p.add_argument_group("networks")
-    g.add_argument("--before", type=Path, help="network on top (default RUN/erm/best.pt)")
-    g.add_argument("--after", nargs="+", metavar="FILE", help="networks below it, one or more (default RUN/finetune/best.pt)")
-    g.add_argument("--data", help="where the data are now, if they moved since training (default: as the checkpoint says)")
-
+    g.add_argument("--before", type=Path, help="network on top (RUN/erm/best.pt)")
+    after = "networks below it (RUN/finetune/best.pt)"
+    g.add_argument("--after", nargs="+", type=Path, metavar="FILE", help=after)
+    g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g = p.add_argument_group("maps")
-    g.add_argument("--layer",
-                   help="module whose output is mapped, by dotted name (default: the last convolution before the head, not on "
-                        "a shortcut: layer4.2.conv3 in ResNet-50, as in the paper; in a transformer the first norm of the last "
-                        "block)")
-    g.add_argument("--target", default="0",
-                   help="class whose logit is explained: label (each image's own), predicted, or a class number; paper: "
-                        "dimension 0, here and usually landbird or non-blond, in the released code, whose encoding is "
-                        "reversed, waterbird or blond (default %(default)s)")
-
+    g.add_argument("--layer", help="(the last feature map)")
+    g.add_argument("--target", help="(label)")
     g = p.add_argument_group("images")
-    g.add_argument("--groups", type=int, nargs="+", metavar="G",
-                   help="groups to draw test images from (default the minority groups)")
-    g.add_argument("--n", type=int, default=8, help="images to draw, spread evenly over the groups (default %(default)s)")
-    g.add_argument("--images", nargs="+", metavar="FILE", help="draw these files instead, and measure nothing")
-    g.add_argument("--masks", type=Path, metavar="DIR",
-                   help="object masks of the test images: PNGs of the same relative path and size; object is what exceeds half "
-                        "of the file's largest value (default: the built-in set has its own, other data are not measured)")
-
+    drawn = "groups to draw test images from (the minority groups)"
+    g.add_argument("--groups", type=int, nargs="+", metavar="G", help=drawn)
+    g.add_argument("--n", type=int, default=8, help="images to draw, evenly over the groups (8)")
+    own = "draw these files instead and measure nothing"
+    g.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=own)
+    g.add_argument("--masks", type=Path, metavar="DIR", help="object masks of the test images")
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0,
-                   help="of the choice of images, the random head and the bootstrap (default %(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    g.add_argument("--batch-size", type=int, default=128, help="images per pass (default %(default)s)")
-    g.add_argument("--cache", type=Path, default="runs/cache", help="where decoded images are kept (default %(default)s)")
-    return p.parse_args()
+    g.add_argument("--seed", type=int, default=0, help="of images, new head and bootstrap (0)")
+    g.add_argument("--batch-size", type=int, default=128, help="images a pass (128)")
+    g.add_argument("--device", default=common.best_device(), help="cpu, cuda, mps (%(default)s)")
+    g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
+    return p.parse_args(argv)
 
 
-def main():
-    args = parse_args()
-    check_flags(args, "n", "batch_size")
+def main(args):
     args.before = args.before or args.run / "erm" / "best.pt"
-    args.after = args.after or [str(args.run / "finetune" / "best.pt")]
-    models, checkpoint, test = load_networks(args)
+    args.after = args.after or [args.run / "finetune" / "best.pt"]
+    models, checkpoint, table = load_networks(args)
     before, *after = models
-    size, classes = checkpoint["size"], class_names(checkpoint, args.before)
-    layer = args.layer = choose_layer(args.layer, models[before])
-    grid = map_grid(models[before], layer, size)
+    built_in, classes = table.source == "synthetic", checkpoint["classes"]
+    args.target = args.target or ("predicted" if args.images else "label")
+    args.groups = args.groups or [g["group"] for g in table.groups if g["minority"]]
+    args.groups = args.groups or [g["group"] for g in table.groups]
+    common.fill_defaults(args, {"workers": 0 if built_in else common.count_cores()})
+    common.check_flags(args, "n", "batch_size")
+    if not set(args.groups) <= set(range(len(table.groups))):
+        raise BadInput(f"--groups {args.groups}: expected numbers below {len(table.groups)}")
     explained = check_target(args, classes)
-    if args.images:
-        S = size if checkpoint["data"]["data"] == "synthetic" else round(size * 256 / 224)
-        names, images, y, shapes = args.images, read_images(args.images, S), None, None
-    else:
-        args.groups = choose_groups(args.groups, test.groups)
-        index = choose_images(test, args.groups, args.n, args.seed)
-        names, images, y = [test.files[i] for i in index], test.images[index], test.y[index]
-        shapes = object_masks(test, index, size, args.masks)[0] if has_masks(args, test) else None
-    print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
+    layer = choose_layer(args.layer, models[before], checkpoint["arch"])
+    grid = check_layer(models[before], layer, checkpoint["size"])
+    new = common.new_folder(args.run / "gradcam", args, FILES)
+    test = common.open_split(checkpoint, table, "test")
 
     # The picture: a seeded choice of images, or the user's own
-    shown = {name: explain(model, images.to(args.device), y, layer, size, args) for name, model in models.items()}
-    groups = [None] * len(names) if args.images else test.g[index].tolist()
-    captions = [Path(name).name if j is None else group_title(test.groups[j]) for name, j in zip(names, groups)]
-    drawn = [{"file": name, "group": groups[i], "label": None if y is None else int(y[i]),
-              "networks": {model: verdict(maps[i], logits[i]) for model, (maps, logits) in shown.items()}}
-             for i, name in enumerate(names)]
-    print(f"Grad-CAM of {layer} ({grid[0]} x {grid[1]}) for the logit of {explained}")
+    if args.images:
+        plain = common.make_transform(
+            None, checkpoint["size"], checkpoint["mean"], checkpoint["std"]
+        )
+        x, y, shapes = torch.stack([plain(common.read_image(f)) for f in args.images]), None, None
+        captions = [path.name for path in args.images]
+    else:
+        index = choose_images(test, args.groups, args.n, args.seed)
+        x, y, g, _ = default_collate([test[i] for i in index])
+        captions = [title(table.groups[j]) for j in g.tolist()]
+        shapes = None
+        if args.masks or built_in:
+            shapes, _ = object_masks(test, index, checkpoint["size"], args.masks)
+    shown = {name: explain(model, x, y, layer, args.target) for name, model in models.items()}
+    drawn = []
+    for i, caption in enumerate(captions):
+        networks = {name: verdict(maps[i], logits[i]) for name, (maps, logits) in shown.items()}
+        file = str(args.images[i]) if args.images else test.files[index[i]]
+        label = None if y is None else int(y[i])
+        drawn.append({"file": file, "caption": caption, "label": label, "networks": networks})
+    print(f"Grad-CAM of {layer or 'the last feature map'} ({grid[0]} x {grid[1]}), {explained}")
     print_images(drawn, classes)
 
     # The numbers: the whole test split, where the object's place is known
     rows, problems = [], Counter()
-    if test is not None and has_masks(args, test):
+    if args.masks or built_in and not args.images:
         measured = {**models, "random head": random_head(models[before], args.seed)}
-        scores, area, problems = measure(measured, test, layer, size, args)
-        rows = focus_rows(scores, area, test, before, after, args.seed)
+        loader = common.make_loader(test, args.batch_size, args.workers)
+        scores, area, problems = measure(measured, test, loader, layer, args, checkpoint["size"])
+        rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
         if problems:
-            warn(f"of {len(test.y)} test images are left out for their masks: {listed(problems)}")
+            common.warn(f"of {len(test)} images without a usable mask: {listed(problems)}")
         print_focus(rows)
-    elif test is not None:
-        print("no object masks (--masks DIR): nothing measured")
+    else:
+        print("nothing measured: no object masks (--masks DIR), or images of your own")
 
-    folder = args.run / "gradcam"
-    with whole_folder(folder, args) as new:
-        plot_images(center(images, size), shown, drawn, captions, shapes, classes, explained, layer,
-                    new / "fig10_gradcam.png")
-        if rows:
-            write_csv(new / "focus.csv", rows)
-            plot_focus(rows, [*models, *CONTROLS], explained, new / "focus.png")
-        write_json(new / "results.json", {
-            "stage": "gradcam", "before": str(args.before), "after": dict(zip(after, args.after)), "layer": layer,
-            "grid": grid, "target": args.target, "target_class": explained, "classes": classes, "images": drawn,
-            "without_mask": dict(problems), "focus": rows})
-    print(f"wrote {folder}/")
+    pictures = x * torch.tensor(checkpoint["std"]).view(3, 1, 1)
+    pictures += torch.tensor(checkpoint["mean"]).view(3, 1, 1)
+    heading = f"Grad-CAM of {layer or 'the last feature map'}, {explained}"
+    path = new / "fig10_gradcam.png"
+    plot_images(pictures, shown, drawn, shapes, classes, heading, path)
+    if rows:
+        common.write_csv(new / "focus.csv", rows)
+        plot_focus(rows, [*models, *CONTROLS], explained, new / "focus.png")
+    results = {"stage": "gradcam", "source": table.source, "arch": checkpoint["arch"]}
+    results |= {"before": str(args.before), "after": dict(zip(after, map(str, args.after)))}
+    results |= {"layer": layer, "grid": grid, "target": args.target, "classes": classes}
+    results |= {"images": drawn, "without_mask": dict(problems), "focus": rows}
+    common.write_json(new / "results.json", results)
+    common.replace_folder(new, args.run / "gradcam")
+    print(f"wrote {args.run}/gradcam/")
 
 
 # ---- the method ----
 
-def grad_cam(model, x, layer, target=None, upsampled=True):
-    """Grad-CAM of the logit of class `target` (a number, or one per image (B,); default: the predicted class) for normalised
-    images x (B, 3, H, W), at the output of module `layer` (its last call). Returns maps (B, H, W), not negative and not
-    scaled, and logits (B, C); upsampled False: maps (B, h, w), as the layer has them. In eval mode; leaves no hook, no .grad
-    and every module's mode as it was."""
-    module, kept, modes = model.get_submodule(layer), [], [(m, m.training) for m in model.modules()]
+
+def grad_cam(model, x, layer=None, target=None):
+    """Grad-CAM of the logit of class `target` (a number, or one per image (B,); default: the
+    predicted class) for normalised images x (B, 3, H, W), at the output of module `layer` or, by
+    default, of a timm network's last feature map. Returns maps (B, H, W), not negative and not
+    scaled, and logits (B, C). In eval mode; leaves no hook, no .grad and all modes as they were."""
+    activation, gradient, logits = activations(model, x, layer, target)
+    weights = gradient.mean((2, 3), keepdim=True)
+    maps = (weights * activation).sum(1, keepdim=True).relu()
+    maps = F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)
+    return maps[:, 0], logits
+
+
+def activations(model, x, layer=None, target=None):
+    """What `layer` gives and its gradient of the target's logit, both (B, C, h, w), and logits."""
+    kept = []
 
     def cut(_, inputs, out):
-        if not isinstance(out, torch.Tensor):
-            raise BadInput(f"--layer {layer}: gives no single tensor")
+        if not torch.is_tensor(out) or len(out) != len(x):
+            raise BadInput(f"--layer {layer}: gives no map for each image; name another")
         torch.set_grad_enabled(True)  # only what follows the layer is recorded
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # what goes on may be overwritten, by an in-place ReLU
 
-    hook = module.register_forward_hook(cut)
+    hook = model.get_submodule(layer).register_forward_hook(cut) if layer else None
     try:
-        model.eval()
-        with torch.inference_mode(False), torch.no_grad():
-            logits = model(x)
+        with common.evaluating(model), torch.inference_mode(False), torch.no_grad():
+            if layer:
+                logits = model(x)
+            else:
+                logits = model.forward_head(cut(None, None, model.forward_features(x)))
             if not kept:
                 raise BadInput(f"--layer {layer}: not run in the forward pass")
-            classes = logits.argmax(1) if target is None else torch.as_tensor(target, device=x.device).expand(len(x))
-            gradient, = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), kept)
+            classes = logits.argmax(1) if target is None else torch.as_tensor(target).to(x.device)
+            logit = logits.gather(1, classes.expand(len(x))[:, None]).sum()
+            (gradient,) = torch.autograd.grad(logit, kept)
     finally:
-        hook.remove()
-        for m, mode in modes:
-            m.training = mode
-    activation, gradient = (as_grid(model, layer, values) for values in (kept[0].detach(), gradient))
-    maps = (gradient.mean((2, 3), keepdim=True) * activation).sum(1, keepdim=True).relu()
-    maps = F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False) if upsampled else maps
-    return maps[:, 0], logits.detach()
+        if hook:
+            hook.remove()
+    return *(as_grid(model, layer, v) for v in (kept[0].detach(), gradient)), logits.detach()
 
 
 def as_grid(model, layer, values):
-    """What a layer gives as (B, C, h, w): tokens (B, T, C) without class and register tokens, in rows; channels of a Swin's
-    norm, which come last, in front."""
+    """What a layer gives as (B, C, h, w): tokens (B, T, C) without class and register tokens, in
+    rows; channels that come last (Swin) in front."""
     if values.dim() == 4:
-        channels = getattr(model.get_submodule(layer), "normalized_shape", values.shape[1:2])[-1]
-        return values if values.shape[1] == channels else values.permute(0, 3, 1, 2)
+        norm = getattr(model.get_submodule(layer), "normalized_shape", None) if layer else None
+        channels = norm[-1] if norm else values.shape[1]
+        last = values.shape[1] != channels or (not norm and model_format(model) == "NHWC")
+        return values.permute(0, 3, 1, 2) if last else values
     if values.dim() == 3:
-        patches = values[:, getattr(model, "num_prefix_tokens", int(hasattr(model, "class_token"))):]  # timm; torchvision
+        patches = values[:, getattr(model, "num_prefix_tokens", 0) :]
         side = math.isqrt(patches.shape[1])
-        if side > 0 and side ** 2 == patches.shape[1]:
+        if side > 0 and side**2 == patches.shape[1]:
             return patches.transpose(1, 2).unflatten(2, (side, side))
-    raise BadInput(f"--layer {layer}: gives {tuple(values.shape[1:])} for an image, which is no map; candidates are "
-                   + ", ".join(candidates(model)))
+    shape = tuple(values.shape[1:])
+    raise BadInput(f"--layer {layer or '(default)'}: gives {shape} for an image, which is no map")
 
 
-def candidates(model):
-    """Layers to map, from input to output: in a transformer the first norm of each block, else convolutions that are neither
-    head nor shortcut (a downsampling convolution runs beside the main path)."""
-    if is_transformer(model):
-        return [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ("norm1", "ln_1")]
-    return [name for name in prunable_layers(model) if not {"downsample", "shortcut"}.intersection(name.split("."))]
+def model_format(model):
+    return str(getattr(model, "output_fmt", "NCHW")).rpartition(".")[2]
 
 
 def is_empty(maps):
-    """Which maps (B, H, W) are flat, and so show nothing: (B,). A map is flat where nothing speaks for the class, or where
-    the layer has a single position."""
+    """Which maps (B, H, W) are flat, and so show nothing: (B,). A map is flat where nothing speaks
+    for the class, or where the layer has a single position."""
     low, high = maps.flatten(1).aminmax(dim=1)
     return ~(high - low > 1e-5 * high)  # not "<=": what is not a number is empty as well
 
 
 def random_head(model, seed=0):
-    """A copy of the model whose classifier head is as before training: what follows from it alone is what the map of
-    the trained network is worth."""
+    """A copy of the model whose head is as before training: what follows from it alone is what the
+    map of the trained network is worth."""
     model = copy.deepcopy(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name in classifier_heads(model):
+        for name in common.head_names(model):
             model.get_submodule(name).reset_parameters()
     return model
 
 
-# ---- the numbers ----
-
 def gaussian(size):
-    """A map (size, size) that knows no image: a Gaussian at the centre, its standard deviation a quarter of the side."""
-    line = torch.exp(-((torch.arange(size) + 0.5) / size - 0.5).square() / (2 * 0.25 ** 2))
+    """A map (size, size) that knows no image: centred, standard deviation a quarter of the side."""
+    line = torch.exp(-((torch.arange(size) + 0.5) / size - 0.5).square() / (2 * 0.25**2))
     return line[:, None] * line
 
 
 def focus(maps, masks):
-    """How far maps (B, H, W) lie on objects, masks bool (B, H, W): (B, 3) in [0, 1], the share of a map's mass inside the
-    object; whether its maximum is (the pointing game); the IoU of the object with the highest pixels, as many as the object
-    has. Equal pixels share a hit among them (coarse maps have plateaus). NaN: the map is empty or the mask is."""
-    values, inside, area = maps.flatten(1), masks.flatten(1), masks.flatten(1).sum(1)
+    """How far maps (B, H, W) lie on objects, masks bool (B, H, W): (B, 2) in [0, 1], the share of a
+    map's mass inside the object, and whether its maximum is (the pointing game), where equal pixels
+    share the hit (coarse maps have plateaus). NaN: the map is empty or the mask is."""
+    values, inside = maps.flatten(1), masks.flatten(1)
     mass = (values * inside).sum(1) / values.sum(1)
-    steps = (values / values.amax(1, keepdim=True) * 2 ** 16).round()  # upsampled plateaus are equal up to rounding only
-
-    def hits(level, slots):  # so many slots, given to the highest pixels, those at `level` sharing what is left
-        above, level = steps > level, steps == level
-        return (above & inside).sum(1) + (slots - above.sum(1)) * (level & inside).sum(1) / level.sum(1)
-
-    pointing = hits(steps.amax(1, keepdim=True), 1)
-    both = hits(steps.sort(1, descending=True).values.gather(1, (area[:, None] - 1).clamp(min=0)), area)
-    scores = torch.stack([mass, pointing, both / (2 * area - both)], 1)
-    return scores.masked_fill((is_empty(maps) | (area == 0))[:, None], math.nan)
+    # Upsampled plateaus are equal up to rounding only
+    steps = (values / values.amax(1, keepdim=True) * 2**16).round()
+    highest = steps == steps.amax(1, keepdim=True)
+    pointing = (highest & inside).sum(1) / highest.sum(1)
+    nothing = is_empty(maps) | ~inside.any(1)
+    return torch.stack([mass, pointing], 1).masked_fill(nothing[:, None], math.nan)
 
 
 def bootstrap(values, seed=0, resamples=1000):
-    """Mean (K,) and 95 % interval (2, K) of values (n, K) over images drawn anew; NaN is left out of a column, and is the
-    result where a column has nothing else."""
-    n, generator, known = len(values), torch.Generator().manual_seed(seed), ~values.isnan()
-    times = draw_with_replacement(n, generator, resamples)
+    """Mean (K,) and 95 % interval (2, K) of values (n, K) over images drawn anew; NaN is left out
+    of a column, and is the result where a column has nothing else."""
+    generator, known = torch.Generator().manual_seed(seed), ~values.isnan()
+    times = common.draw_with_replacement(len(values), generator, resamples)
     means = (times @ values.nan_to_num()) / (times @ known.float())
     return values.nanmean(0), means.nanquantile(torch.tensor([0.025, 0.975]), 0)
 
 
-def read_mask(path, S, original_size):
-    """The object's mask, bool (S, S), resized as its image is, or a word for why there is none."""
+def read_mask(path, image_path, size):
+    """The object's mask as the network sees it, bool (size, size), or a word for why there is
+    none."""
     if not path.is_file():
         return "missing"
     try:
-        with Image.open(path) as image:
-            if (image.height, image.width) != tuple(original_size):
+        with Image.open(path) as mask, Image.open(image_path) as image:
+            if mask.size != image.size:
                 return "of another size than the image"
-            grey = np.asarray(image.convert("L"))
-    except (OSError, ValueError, SyntaxError):  # PIL raises SyntaxError on a broken PNG
+            grey = np.asarray(mask.convert("L"))
+    except Exception:  # noqa: BLE001 - PIL has many ways to say so
         return "unreadable"
-    # CUB's grey values count annotators: more than half of them, or whatever is on in a mask of two values
+    # CUB's grey values count annotators: more than half of them, or what is on in a binary mask
+    S, start = round(size * 256 / 224), (round(size * 256 / 224) - size) // 2
     binary = Image.fromarray(np.where(grey > grey.max() / 2, 255, 0).astype(np.uint8))
-    return np.asarray(binary.resize((S, S), Image.BILINEAR)) > 127
+    seen = np.asarray(binary.resize((S, S), Image.BILINEAR)) > 127
+    seen = torch.from_numpy(seen[start : start + size, start : start + size].copy())
+    return seen if seen.any() else "empty in the centre crop"
 
 
-def object_masks(split, index, size, folder=None):
-    """Masks of the images `index`, as the network sees them, bool (B, size, size), without a pixel where there is none, and
+def object_masks(images, index, size, folder=None):
+    """Masks of the images `index`, bool (B, size, size), without a pixel where there is none, and
     {why: how many have none}."""
     if folder is None:
-        masks, problems = split.masks[index], Counter()
-    else:
-        S, names = split.images.shape[-1], [folder / Path(split.files[i]).with_suffix(".png") for i in index]
-        with ThreadPoolExecutor() as pool:
-            found = list(pool.map(read_mask, names, [S] * len(names), split.original_sizes[index].tolist()))
-        problems = Counter(mask for mask in found if isinstance(mask, str))
-        masks = torch.from_numpy(np.stack([np.zeros((S, S), bool) if isinstance(mask, str) else mask for mask in found]))
-    seen = center(255 * masks[:, None].byte(), size)[:, 0] > 0.5
-    outside = int((~seen.flatten(1).any(1)).sum()) - problems.total()
-    return seen, problems + Counter({"empty in the centre crop": outside})
+        return common.draw_split(*images.built_in)[1][index], Counter()
+    masks, problems = torch.zeros(len(index), size, size, dtype=torch.bool), Counter()
+    for mask, i in zip(masks, index):
+        path = folder / Path(images.files[i]).with_suffix(".png")
+        found = read_mask(path, images.root / images.files[i], size)
+        if isinstance(found, str):
+            problems[found] += 1
+        else:
+            mask.copy_(found)
+    return masks, problems
 
 
-def measure(models, split, layer, size, args):
-    """Focus of every model on the whole split: {name: (N, 3)}, the object's share of each image (N,), 0 without a mask, and
-    {why: how many have none}."""
-    blob, scores, area, problems = gaussian(size).to(args.device), {name: [] for name in (*models, "gaussian")}, [], Counter()
-    steps = math.ceil(len(split.y) / args.batch_size)
-    for index, images in tqdm(batches(split, args.batch_size, device=args.device), "maps", steps, disable=None, leave=False):
-        masks, bad = object_masks(split, index, size, args.masks)
+def measure(models, test, loader, layer, args, size):
+    """Focus of every model on the whole split: {name: (N, 2)}, the object's share of each image
+    (N,), 0 without a mask, and {why: how many have none}."""
+    scores, area, problems = {name: [] for name in (*models, "gaussian")}, [], Counter()
+    blob = gaussian(size)
+    for x, y, _, index in tqdm(loader, "maps", disable=None, leave=False):
+        masks, bad = object_masks(test, index, size, args.masks)
         problems += bad
         area.append(masks.float().mean((1, 2)))
-        masks = masks.to(args.device)
         for name, model in models.items():
-            maps, _ = explain(model, images, split.y[index], layer, size, args)
-            scores[name].append(focus(maps, masks).cpu())
-        scores["gaussian"].append(focus(blob.expand_as(masks), masks).cpu())
-    if problems.total() == len(split.y):
-        raise BadInput(f"--masks {args.masks}: no usable mask for any of the {len(split.y)} test images ({listed(problems)}); "
-                       f"looked for {args.masks / Path(split.files[0]).with_suffix('.png')} and so on")
+            maps, _ = explain(model, x, y, layer, args.target)
+            scores[name].append(focus(maps, masks))
+        scores["gaussian"].append(focus(blob.expand_as(masks), masks))
+    if problems.total() == len(test):
+        raise BadInput(f"--masks {args.masks}: none of {len(test)} is usable ({listed(problems)})")
     return {name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(area), problems
 
 
@@ -298,207 +318,191 @@ def listed(problems):
     return ", ".join(f"{n} {why}" for why, n in problems.items())
 
 
-def explain(model, images, y, layer, size, args):
-    """Maps (B, size, size) and logits (B, C) of images as stored, uint8 (B, 3, S, S), with labels y (B,), for --target."""
-    target = {"label": y, "predicted": None}.get(args.target, args.target)
-    return grad_cam(model, normalize(center(images, size), model), layer, int(target) if isinstance(target, str) else target)
+def explain(model, x, y, layer, target):
+    """Maps (B, S, S) and logits (B, C), on the CPU, for --target."""
+    wanted = {"label": y, "predicted": None}.get(target, target)
+    wanted = int(wanted) if isinstance(wanted, str) else wanted
+    maps, logits = grad_cam(model, *common.on_device(model, x), layer, wanted)
+    return maps.cpu(), logits.cpu()
 
 
-def focus_rows(scores, area, split, before, after, seed):
-    """Rows of focus.csv: for every group and model, then for what each later model differs by from the first (over the
-    images where both maps show something), n images with a mask, empty maps, and means with 95 % intervals."""
-    columns = {**scores, **{f"{name} - {before}": scores[name] - scores[before] for name in after}}
+def focus_rows(scores, area, g, groups, before, after, seed):
+    """Rows of focus.csv: for every group and model, then for what each later model differs by from
+    the first (over the images where both maps show something), n images with a mask, empty maps,
+    and means with 95 % intervals."""
+    columns = dict(scores)
+    for name in after:
+        columns[f"{name} - {before}"] = scores[name] - scores[before]
     rows = []
-    for group in split.groups:
-        members = (split.g == group["group"]) & (area > 0)
+    for group in groups:
+        members = (g == group["group"]) & (area > 0)
         if not members.any():
             continue
-        mean, interval = bootstrap(torch.cat([values[members] for values in columns.values()], 1), seed)
-        numbers = torch.cat([mean[None], interval]).view(3, len(columns), len(MEASURES))
-        for i, (name, values) in enumerate(columns.items()):
-            rows.append({"model": name, **{key: group[key] for key in ("group", "name", "minority")}, "n": int(members.sum()),
-                         "empty": int(values[members, 0].isnan().sum()), "area": round(float(area[members].mean()), 4)})
-            for j, measure_name in enumerate(MEASURES):
-                for key, number in zip(("", "_low", "_high"), numbers[:, i, j].tolist()):
-                    rows[-1][measure_name + key] = None if math.isnan(number) else round(number, 4)
+        for name, values in columns.items():
+            mean, (low, high) = bootstrap(values[members], seed)
+            row = {"model": name, **{key: group[key] for key in ("group", "name", "minority")}}
+            row |= {"n": int(members.sum()), "empty": int(values[members, 0].isnan().sum())}
+            row["area"] = round(float(area[members].mean()), 4)
+            for j, key in enumerate(MEASURES):
+                for end, numbers in (("", mean), ("_low", low), ("_high", high)):
+                    number = float(numbers[j])
+                    row[key + end] = None if math.isnan(number) else round(number, 4)
+            rows.append(row)
     return rows
 
 
 # ---- what is asked for ----
 
+
 def load_networks(args):
-    """{name: model} with the earlier one first, its checkpoint, and the test split (None with --images). A network is called
-    by the folder of its checkpoint."""
-    paths = [str(args.before), *args.after]
-    for path in paths:
-        if not Path(path).is_file():
-            script, flag = ("train_erm.py", "before") if path == paths[0] else ("finetune_contrastive.py", "after")
-            raise BadInput(f"{path}: no such checkpoint; run {script} first or pass --{flag} FILE")
-    if args.images:
-        (model, checkpoint), test = load_model(args.before, args.device), None
-    else:
-        model, checkpoint, splits = reopen(args.before, args.data, args.cache, args.device, ("test",))
-        test = splits["test"]
-    names = [Path(path).resolve().parent.name for path in paths]
-    names = names if len({*names, *CONTROLS}) == len(names) + len(CONTROLS) else paths
+    """{name: model} with the earlier one first, its checkpoint and its data. A network is called by
+    the folder of its checkpoint."""
+    model, checkpoint, table = common.reopen(args.before, args.data, args.device)
+    paths = [args.before, *args.after]
+    names = [path.resolve().parent.name for path in paths]
+    if len({*names, *CONTROLS}) < len(names) + len(CONTROLS):
+        names = [str(path) for path in paths]
     if len({*names}) < len(names):
-        raise BadInput(f"--before and --after name one checkpoint twice: {', '.join(paths)}")
+        raise BadInput(f"--before and --after name one checkpoint twice: {', '.join(names)}")
     models = {names[0]: model}
     for name, path in zip(names[1:], args.after):
-        models[name], other = load_model(path, args.device)
-        for key in ("arch", "n_classes", "size"):  # and the classes below: the same number need not be the same classes
-            if other[key] != checkpoint[key]:
-                raise BadInput(f"{path} has {key} {other[key]} and {args.before} has {checkpoint[key]}; networks must be alike")
-        ours, theirs = (", ".join(class_names(saved, source)) for saved, source in ((checkpoint, args.before), (other, path)))
-        if theirs != ours:
-            raise BadInput(f"{path} tells {theirs} apart and {args.before} {ours}; networks must be alike")
-    for network in models.values():
-        network.to(memory_format=torch.channels_last)  # the same numbers; convolution and pooling are faster so on a CPU
-    return models, checkpoint, test
+        models[name], other = common.load_model(path, args.device)
+        for key in ("arch", "n_classes", "size", "classes"):
+            if other.get(key) != checkpoint[key]:
+                found = f"{key} {other.get(key)}, {args.before} {checkpoint[key]}"
+                raise BadInput(f"{path} has {found}; the networks must be alike")
+    return models, checkpoint, table
 
 
-def class_names(checkpoint, path):
-    """What the classes are called: the first word of their groups' names ('landbird on water')."""
-    check_stage(checkpoint, path)
-    groups, n = checkpoint["metrics"]["train"]["groups"], checkpoint["n_classes"]
-    return [groups[c * len(groups) // n]["name"].split()[0].strip(",") for c in range(n)]
-
-
-def choose_layer(layer, model):
-    """The layer asked for (the paper writes layer4.2.conv3.weight) or the default one. Raises BadInput with the candidates."""
-    known = candidates(model)
-    if layer is None and not known:
-        raise BadInput("this network has neither convolutions nor blocks with a first norm; name a layer with --layer")
-    layer = known[-1] if layer is None else layer.removesuffix(".weight")
-    if layer not in dict(model.named_modules()) or not layer:
-        raise BadInput(f"--layer {layer}: this network has no such module; candidates are {', '.join(known)}")
+def choose_layer(layer, model, arch):
+    """The layer asked for (the paper writes layer4.2.conv3.weight), or the default (None: the last
+    feature map)."""
+    modules = dict(model.named_modules())
+    if layer is None:
+        first_norm = f"blocks.{len(getattr(model, 'blocks', [])) - 1}.norm1"
+        tokens = getattr(model, "num_prefix_tokens", 0) > 0
+        return "layer4.2.conv3" if arch == "resnet50" else first_norm if tokens else None
+    layer = layer.removesuffix(".weight")
+    if layer not in modules or not layer:
+        likely = ", ".join(list(common.prunable_layers(model))[-5:])
+        raise BadInput(f"--layer {layer}: no such module; the last layers are {likely}")
     return layer
 
 
-def map_grid(model, layer, size):
-    """Height and width [h, w] of the layer's map before it is upsampled; where that is too little to say where something is,
-    names a layer that has more."""
-    blank = torch.zeros(1, 3, size, size, device=model.input_mean.device)
-    def grid_of(name):
-        return list(grad_cam(model, blank, name, upsampled=False)[0].shape[1:])
-    grid = grid_of(layer)
+def check_layer(model, layer, size):
+    """Height and width [h, w] of the layer's map. Raises BadInput where it is no map, or where the
+    logits do not depend on it."""
+    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        _, gradient, _ = activations(model, *common.on_device(model, noise), layer, 0)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise BadInput(
+            f"the map of {layer or 'this network'} cannot be had ({error}); name a --layer"
+        )
+    if not gradient.any():
+        place = layer or "the last feature map"
+        raise BadInput(f"the logits do not depend on the patches of {place}; name a --layer")
+    grid = list(gradient.shape[2:])
     if min(grid) < 4:
-        finer = next((name for name in reversed(candidates(model)) if min(grid_of(name)) >= 4), None)
-        warn(f"the map of {layer} has {grid[0]} x {grid[1]} positions for {size} x {size} pixels and says little about where"
-             + (f"; a finer one: --layer {finer}" if finer else ""))
+        told = f"the map has {grid[0]} x {grid[1]} positions for {size} x {size} pixels"
+        common.warn(f"{told} and says little about where; an earlier --layer has more")
     return grid
 
 
 def check_target(args, classes):
     """Which class is explained, in words."""
-    if args.target in ("label", "predicted"):
-        if args.images and args.target == "label":
-            raise BadInput("--target label: files given with --images have no label; use predicted or a class number")
-        return "each image's own label" if args.target == "label" else "the class that each network predicts"
-    if args.target not in map(str, range(len(classes))):
-        raise BadInput(f"--target {args.target}: expected label, predicted or a class number, "
-                       + ", ".join(f"{c} ({name})" for c, name in enumerate(classes)))
-    return f"class {args.target} ({classes[int(args.target)]})"
-
-
-def choose_groups(groups, known):
-    """Groups to draw images from: those asked for, else the minority groups, else (where there is none) all."""
-    unknown = [j for j in groups or [] if j not in range(len(known))]
-    if unknown:
-        raise BadInput(f"--groups {unknown[0]}: the groups are " + ", ".join(f"{g['group']} ({g['name']})" for g in known))
-    return groups or [g["group"] for g in known if g["minority"]] or [g["group"] for g in known]
+    if args.target == "predicted":
+        return "logit of the class that each network predicts"
+    if args.target == "label" and not args.images:
+        return "logit of each image's own class"
+    if args.target not in [str(c) for c in range(len(classes))]:
+        known = ", ".join(f"{c} ({name})" for c, name in enumerate(classes))
+        label = "" if args.images else "label, "
+        raise BadInput(f"--target {args.target}: expected {label}predicted or a class, {known}")
+    return f"logit of class {args.target} ({classes[int(args.target)]})"
 
 
 def choose_images(split, groups, n, seed):
-    """Indices of n images, as many from each group as from the next, at random (fewer if a group has fewer)."""
-    generator, parts = torch.Generator().manual_seed(seed), []
+    """Indices of n images, as many from each group as from the next, at random."""
+    generator, index = torch.Generator().manual_seed(seed), []
+    groups = [j for j in groups if (split.g == j).any()]
     for j, share in zip(groups, torch.arange(n).tensor_split(len(groups))):
         members = (split.g == j).nonzero()[:, 0]
-        parts.append(members[torch.randperm(len(members), generator=generator)[:len(share)]])
-    index = torch.cat(parts)
-    if not len(index):
-        raise BadInput(f"--groups {' '.join(map(str, groups))}: no test image in these groups")
+        index += members[torch.randperm(len(members), generator=generator)[: len(share)]].tolist()
     return index
-
-
-def read_images(paths, S):
-    """Image files as a split holds them, uint8 (N, 3, S, S)."""
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(np.asarray(image.convert("RGB").resize((S, S), Image.BILINEAR)).transpose(2, 0, 1))
-        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError on a broken PNG
-            raise BadInput(f"--images {path}: cannot be read as an image ({error})") from error
-    return torch.from_numpy(np.stack(images))
-
-
-def has_masks(args, split):
-    return args.masks is not None or split.masks is not None
 
 
 def verdict(image_map, logits):
     """What one network says of one image (map (H, W), logits (C,)), as plain types."""
     confidence, predicted = logits.softmax(0).max(0)
-    return {"predicted": int(predicted), "confidence": round(float(confidence), 4), "empty": bool(is_empty(image_map[None])[0])}
+    says = {"predicted": int(predicted), "confidence": round(float(confidence), 4)}
+    return {**says, "empty": bool(is_empty(image_map[None])[0])}
 
 
-def group_title(group):
+def title(group):
     return f"{group['name']}{'*' if group['minority'] else ''}"
 
 
 def in_words(says, classes, label):
     """'landbird 93 %', with '(wrong)' behind it where it is."""
     wrong = label is not None and says["predicted"] != label
-    return f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{' (wrong)' if wrong else ''}"
+    return f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{' (wrong)' * wrong}"
 
 
 def print_images(drawn, classes):
     for row in drawn:
-        told = "; ".join(f"{model}: {in_words(says, classes, row['label'])}{', map empty' if says['empty'] else ''}"
-                         for model, says in row["networks"].items())
-        print(f"{row['file']}{'' if row['label'] is None else ': is ' + classes[row['label']]}; {told}")
+        told = []
+        for name, says in row["networks"].items():
+            empty = ", map empty" if says["empty"] else ""
+            told.append(f"{name}: {in_words(says, classes, row['label'])}{empty}")
+        print(f"{row['file']}, {row['caption']}; {'; '.join(told)}")
 
 
 def print_focus(rows):
     print("\nFocus on the object over the test split, in %, mean [95 % interval]; * minority")
-    for group in dict.fromkeys(row["group"] for row in rows):
-        of_group = [row for row in rows if row["group"] == group]
-        first = of_group[0]
-        print(f"{group} {group_title(first)}, n = {first['n']}, object {100 * first['area']:.1f} % of the image")
-        for row in of_group:
-            cells = [f"{name} {percent(row, name):26s}" for name in MEASURES]
-            print(f"  {row['model']:28s} {' '.join(cells)}{' empty ' + str(row['empty']) if row['empty'] else ''}".rstrip())
+    group = None
+    for row in rows:
+        if row["group"] != group:
+            group, object_share = row["group"], f"object {100 * row['area']:.1f} % of the image"
+            print(f"{group} {title(row)}, n = {row['n']}, {object_share}")
+        cells = " ".join(f"{key} {in_percent(row, key):26s}" for key in MEASURES)
+        empty = f" empty {row['empty']}" if row["empty"] else ""
+        print(f"  {row['model']:28s} {cells}{empty}".rstrip())
 
 
-def percent(row, name):
+def in_percent(row, key):
     """A measure in percent with its interval; differences are signed."""
-    if row[name] is None:
+    if row[key] is None:
         return "-"
-    sign = "+" if " - " in row["model"] else ""
-    mean, low, high = (format(100 * row[name + key], sign + ".1f") for key in ("", "_low", "_high"))
+    form = "+.1f" if " - " in row["model"] else ".1f"
+    mean, low, high = (format(100 * row[key + end], form) for end in ("", "_low", "_high"))
     return f"{mean} [{low}, {high}]"
 
 
 # ---- the figures ----
 
-def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, layer, path):
-    """Figure 10: a column per image, the picture on top and a row of maps per network, the earlier network first. A map is
-    scaled by its own maximum and laid over the picture in grey; white: the object's outline, where it is known."""
-    fig, axes = plt.subplots(1 + len(shown), len(drawn), figsize=(max(4.5, 1 + 1.3 * len(drawn)), 0.6 + 1.5 * (1 + len(shown))),
-                             layout="constrained", squeeze=False)
+
+def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
+    """Figure 10: a column per image, the picture on top and a row of maps per network, the earlier
+    network first. A map is scaled by its own maximum and laid over the picture in grey; white: the
+    object's outline, where it is known."""
+    n_rows = 1 + len(shown)
+    size = (max(4.5, 1 + 1.3 * len(drawn)), 0.6 + 1.5 * n_rows)
+    fig = Figure(figsize=size, layout="constrained")
+    axes, heat = fig.subplots(n_rows, len(drawn), squeeze=False), None
     for i, row in enumerate(drawn):
-        picture = pictures[i].permute(1, 2, 0).numpy()
+        picture = pictures[i].clamp(0, 1).permute(1, 2, 0).numpy()
         axes[0][i].imshow(picture)
-        axes[0][i].set_xlabel(captions[i], fontsize=7)
+        axes[0][i].set_xlabel(textwrap.fill(row["caption"], 16), fontsize=7)
         for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items()):
             says = row["networks"][name]
             ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
             if says["empty"]:
-                ax.text(0.5, 0.5, "map is empty", transform=ax.transAxes, ha="center", va="center", fontsize=8,
-                        bbox={"facecolor": "white", "edgecolor": "none"})
+                style = {"ha": "center", "va": "center", "fontsize": 8, "backgroundcolor": "white"}
+                ax.text(0.5, 0.5, "map is empty", transform=ax.transAxes, **style)
             else:
-                heat = ax.imshow((maps[i] / maps[i].max()).cpu().numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.6)
+                scaled = (maps[i] / maps[i].max()).numpy()
+                heat = ax.imshow(scaled, cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
             ax.set_xlabel(in_words(says, classes, row["label"]), fontsize=7)
@@ -506,48 +510,54 @@ def plot_images(pictures, shown, drawn, captions, shapes, classes, explained, la
         ax.set_ylabel(name, fontsize=9)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    if any(ax.images[1:] for ax in axes.flat):
+    if heat:
         bar = fig.colorbar(heat, ax=axes[1:], fraction=0.02, pad=0.01)
         bar.set_label("Grad-CAM (1: the map's maximum)", fontsize=7)
         bar.ax.tick_params(labelsize=7)
-    notes = ["white: outline of the object"] if shapes is not None else []
-    notes += ["* minority"] if any("*" in caption for caption in captions) else []
-    fig.suptitle(f"Grad-CAM of {layer} for {explained}\n{'; '.join(notes)}".strip(), fontsize=9)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    outline = "white: outline of the object; " if shapes is not None else ""
+    fig.suptitle(f"{heading}\n{outline}* minority", fontsize=9)
+    common.save_figure(fig, path, dpi=100)
 
 
 def plot_focus(rows, names, explained, path):
-    """The three measures per group and network, with 95 % intervals, and the object's share of the image, which is what a
-    map that is the same everywhere would have as its mass inside the object."""
+    """Both measures per group and network, with 95 % intervals, and the object's share of the
+    image, which is what a map that is the same everywhere would have as its mass inside the
+    object."""
     groups = {row["group"]: row for row in rows}
-    place, ticks = {j: i for i, j in enumerate(groups)}, np.arange(len(groups))
-    fig, axes = plt.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.8), layout="constrained", sharey=True)
-    markers = {**dict(zip(names, zip(itertools.cycle("osD^vP"), itertools.cycle(("black", "white", "0.6"))))),
-               "random head": ("x", "black"), "gaussian": ("+", "black")}
-    for ax, (key, title) in zip(axes, MEASURES.items()):
+    fig = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = fig.subplots(1, len(MEASURES), sharey=True)
+    styles = zip(itertools.cycle("osD^vP"), itertools.cycle(("black", "white", "0.6")))
+    markers = dict(zip(names, styles)) | {"random head": ("x", "black"), "gaussian": ("+", "black")}
+    for ax, (key, heading) in zip(axes, MEASURES.items()):
         for k, name in enumerate(names):
             of_name = [row for row in rows if row["model"] == name and row[key] is not None]
-            x = [place[row["group"]] + 0.7 * ((k + 0.5) / len(names) - 0.5) for row in of_name]
-            mean, low, high = (np.array([100 * row[key + part] for row in of_name]) for part in ("", "_low", "_high"))
-            ax.errorbar(x, mean, [mean - low, high - mean], fmt=markers[name][0], mfc=markers[name][1], mec="black",
-                        ecolor="0.3", ms=6, capsize=2, lw=1, label=name)
-        if key == "mass":
-            areas = [100 * row["area"] for row in groups.values()]
-            ax.hlines(areas, ticks - 0.4, ticks + 0.4, color="0.4", ls=":", label="object's share of the image")
-        labels = [f"G{j}{'*' if row['minority'] else ''}\n{textwrap.fill(row['name'], 12)}\nn = {row['n']}"
-                  for j, row in groups.items()]
-        ax.set_xticks(ticks, labels, fontsize=7)
-        ax.set_title(title, fontsize=9)
+            offset = 0.7 * ((k + 0.5) / len(names) - 0.5)
+            places = [list(groups).index(row["group"]) + offset for row in of_name]
+            numbers = [[100 * row[key + end] for row in of_name] for end in ("", "_low", "_high")]
+            mean, low, high = np.array(numbers)
+            marker, fill = markers[name]
+            style = {"fmt": marker, "mfc": fill, "mec": "black", "ecolor": "0.3", "capsize": 2}
+            ax.errorbar(places, mean, [mean - low, high - mean], label=name, **style)
+        ticks = []
+        for i, (j, row) in enumerate(groups.items()):
+            if key == "mass":
+                label = None if i else "object's share of the image"
+                ax.hlines(100 * row["area"], i - 0.4, i + 0.4, color="0.4", ls=":", label=label)
+            name = textwrap.fill(row["name"], 12)
+            ticks.append(f"G{j}{'*' if row['minority'] else ''}\n{name}\nn = {row['n']}")
+        ax.set_xticks(range(len(groups)), ticks, fontsize=7)
+        ax.set_title(heading, fontsize=9)
         ax.grid(axis="y", color="0.92")
         ax.set_axisbelow(True)
     axes[0].set(ylabel="% (mean, 95 % interval)", ylim=(0, None))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
-    fig.suptitle(f"Focus of Grad-CAM on the object, test split, for {explained} (* minority)", fontsize=10)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    handles = axes[0].get_legend_handles_labels()
+    fig.legend(*handles, loc="outside lower center", ncols=6, fontsize=8)
+    title_ = f"Focus of Grad-CAM on the object, test split, {explained} (* minority)"
+    fig.suptitle(title_, fontsize=10)
+    common.save_figure(fig, path, dpi=100)
 
 
 if __name__ == "__main__":
-    with one_line_errors("nothing was written"):
-        main()
+    arguments = parse_args()
+    with common.script(arguments.run / "gradcam", "nothing was written; start it again"):
+        main(arguments)

@@ -209,8 +209,10 @@ def read_columns(path, wanted):
             needed = f"no column {' or '.join(names)} in the header {','.join(header)[:120]}"
             raise BadInput(f"{path}: {needed}; a header of img_filename,y,place,split is expected")
         place[key] = header.index(found[0])
-    rows = [{key: cells[i] for key, i in place.items()} for cells in table[1:]]
-    return [{"line": number, **row} for (number, _), row in zip(lines[1:], rows)]
+    rows = []
+    for (number, _), cells in zip(lines[1:], table[1:]):
+        rows.append({"line": number, **{key: cells[i] for key, i in place.items()}})
+    return rows
 
 
 def _codes(path, rows, key):
@@ -248,7 +250,8 @@ def make_table(path, folder, rows, attributes=None):
     g, n_groups = y * len(places) + a, len(classes) * len(places)
     counts = [np.bincount(g[split == i], minlength=n_groups).tolist() for i in range(3)]
     if attributes:
-        classes, places = ([f"{name}={code}" for code in (0, 1)] for name in attributes)
+        classes = [f"{attributes[0]}={code}" for code in (0, 1)]
+        places = [f"{attributes[1]}={code}" for code in (0, 1)]
     names = _known_names(path, files, counts, attributes) or (classes, places)
     groups = describe_groups(*names, counts[0])
     for name, n in zip(SPLITS, counts):
@@ -914,12 +917,10 @@ class _Fork(torch.fx.Interpreter):
 
 def trace_graph(model, x):
     """The network as a torch.fx graph, or None, said once, where that does not do the same."""
-    try:
+    with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
         traced = torch.fx.symbolic_trace(model)
         if torch.equal(traced(x), model(x)):
             return traced
-    except Exception:  # noqa: BLE001 - tracing fails in as many ways as there are networks
-        pass
     warn("torch.fx cannot trace this network; every variant takes a full pass")
     return None
 

@@ -122,6 +122,8 @@ def critical_neurons(model, images, logits, args, counts, unit, epoch):
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, epoch))
     total, scores, rows = sum(counts.values()), {}, []
     k = max(1, math.ceil(round(args.prune_fraction * total, 6)))
+    if args.method != "contrastive":
+        return []
     if args.criterion == "random":
         drawn = torch.randperm(total, generator=generator)[:k].tolist()
         rows = [("random", layer, i, "") for layer, i in common.locate(drawn, counts)]
@@ -246,16 +248,15 @@ def main(args):
     parameters = [*model.parameters(), *project.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "project": project}
     about = {key: start[key] for key in ("arch", "n_classes", "classes", "size", "mean", "std")}
     about |= {"data": {**start["data"], "source": table.source}, "args": common.plain(args)}
     log, right, best = [], [], {"epoch": 0, "score": -1.0}
     pruned, neurons = "epoch,criterion,layer,index,score\n", set()  # pruned.csv, the mask's neurons
     if last:
         with common.reading(folder / "last.pt", "use --overwrite"):
-            model.load_state_dict(last["model"])
-            project.load_state_dict(last["project"])
-            optimizer.load_state_dict(last["optimizer"])
-            scheduler.load_state_dict(last["scheduler"])
+            for name, part in {"model": model, **parts}.items():
+                part.load_state_dict(last[name])
             log, right, best = last["log"], list(last["right"]), last["best"]
             pruned, neurons = read_pruned(folder / "pruned.csv", last["pruned"], last["epoch"])
 
@@ -264,11 +265,8 @@ def main(args):
     for epoch in range(len(log), args.epochs + 1):
         started, lr, n, sums = time.time(), optimizer.param_groups[0]["lr"], 0, {}
         # The mask of this epoch, from the network as it is now
-        rows = []
-        if args.method == "contrastive":
-            rows = critical_neurons(
-                model, splits["train"], logits["train"], args, counts, unit, epoch
-            )
+        images = splits["train"]
+        rows = critical_neurons(model, images, logits["train"], args, counts, unit, epoch)
         before, neurons = neurons, {(layer, index) for _, layer, index, _ in rows}
         masks = common.neuron_masks(model, neurons, unit)
         own = args.aux_bn == "own"
@@ -302,9 +300,8 @@ def main(args):
         log.append({**row, **reports})
         pruned += "".join(f"{epoch},{','.join(map(str, row))}\n" for row in rows)
         common.write(folder / "pruned.csv", pruned)
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        state |= {"project": project.state_dict(), "right": torch.stack(right), "best": best}
-        state |= {"log": log, "pruned": len(pruned)}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"log": log, "best": best, "right": torch.stack(right), "pruned": len(pruned)}
         common.save_checkpoint(folder / "last.pt", model, **fields, **state)
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
         print_epoch(log[-1], args.epochs)

@@ -533,8 +533,9 @@ def plot_focus(rows, names, explained, path):
             of_name = [row for row in rows if row["model"] == name and row[key] is not None]
             offset = 0.7 * ((k + 0.5) / len(names) - 0.5)
             places = [list(groups).index(row["group"]) + offset for row in of_name]
-            numbers = [[100 * row[key + end] for row in of_name] for end in ("", "_low", "_high")]
-            mean, low, high = np.array(numbers)
+            mean = np.array([100 * row[key] for row in of_name])
+            low = np.array([100 * row[f"{key}_low"] for row in of_name])
+            high = np.array([100 * row[f"{key}_high"] for row in of_name])
             marker, fill = markers[name]
             style = {"fmt": marker, "mfc": fill, "mec": "black", "ecolor": "0.3", "capsize": 2}
             ax.errorbar(places, mean, [mean - low, high - mean], label=name, **style)

@@ -300,9 +300,10 @@ def verdict(criterion, beats, tests, k):
     return f"{criterion}: {question} {answer}: {'; '.join(parts)}"
 
 
-def percentile(values, scores):
-    """Place of values (m,) among all scores {layer: (n,)}: 0 the smallest, 100 the largest, equals
-    in the middle of their places."""
+def percentile(neurons, scores):
+    """Place of m neurons among all, by scores {layer: (n,)} -> (m,): 0 the smallest, 100 the
+    largest, equals in the middle of their places."""
+    values = torch.stack([scores[layer][i] for layer, i in neurons]).cpu()
     ordered = torch.cat([part.cpu() for part in scores.values()]).sort().values
     places = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
     return 50 * (places - 1).double() / max(len(ordered) - 1, 1)
@@ -314,20 +315,11 @@ def neuron_table(ranked, scores, everywhere):
     rows = []
     for (criterion, by), neurons in ranked.items():
         gradients = everywhere if by == "all" else scores["gradient", by]
-        sources = (scores[criterion, by], scores["magnitude", "all"], gradients)
-        own_scores, *others = (
-            torch.stack([s[layer][i] for layer, i in neurons]).cpu() for s in sources
-        )
-        magnitude, gradient = (percentile(values, s) for values, s in zip(others, sources[1:]))
+        magnitude = percentile(neurons, scores["magnitude", "all"])
+        gradient = percentile(neurons, gradients)
         for rank, (layer, i) in enumerate(neurons):
-            row = {
-                "criterion": criterion,
-                "selected_by": by,
-                "rank": rank + 1,
-                "layer": layer,
-                "index": i,
-            }
-            row["score"] = float(own_scores[rank])
+            row = {"criterion": criterion, "selected_by": by, "rank": rank + 1}
+            row |= {"layer": layer, "index": i, "score": float(scores[criterion, by][layer][i])}
             row["magnitude_percentile"] = round(float(magnitude[rank]), 4)
             row["gradient_percentile"] = round(float(gradient[rank]), 4)
             rows.append(row)
@@ -437,12 +429,15 @@ def plot_changes(rows, groups, args, how, sigmas, path):
     for ax, (criterion, sigma) in zip(axes.flat, product(CRITERIA, sigmas)):
         for n, k in enumerate(ks):
             wanted = dict(zip(KEY[:4], (criterion, how, sigma, k)))
-            found = [own(rows, g["group"], **wanted, split="train") for g in groups]
-            changes = [[change(row) for row in of_group] for of_group in found]
-            spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in changes]
+            means, spread = [], []
+            for g in groups:
+                found = own(rows, g["group"], **wanted, split="train")
+                changes = [change(row) for row in found]
+                means.append(np.mean(changes))
+                spread.append(np.std(changes, ddof=1) if len(changes) > 1 else 0)
             ax.bar(
                 np.arange(len(groups)) + 0.8 * (n + 0.5) / slots - 0.4,
-                [np.mean(values) for values in changes],
+                means,
                 0.76 / slots,
                 color=matplotlib.colormaps["Greys"](0.2 + 0.5 * n / max(len(ks) - 1, 1)),
                 edgecolor="black",

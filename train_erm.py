@@ -114,12 +114,12 @@ def main(args):
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
     log, best = [], {"epoch": 0, "score": -1.0}
     if last:
         with common.reading(folder / "last.pt", "use --overwrite"):
-            model.load_state_dict(last["model"])
-            optimizer.load_state_dict(last["optimizer"])
-            scheduler.load_state_dict(last["scheduler"])
+            for name, part in {"model": model, **parts}.items():
+                part.load_state_dict(last[name])
             log, best = last["log"], last["best"]
 
     for epoch in range(len(log) + 1, args.epochs + 1):
@@ -154,7 +154,7 @@ def main(args):
             common.save_checkpoint(folder / f"epoch_{epoch:03d}.pt", model, **fields)
         seconds = round(time.time() - started, 2)
         log.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds, **reports})
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        state = {name: part.state_dict() for name, part in parts.items()}
         common.save_checkpoint(folder / "last.pt", model, **fields, **state, log=log, best=best)
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
         print_epoch(log[-1], args.epochs)

@@ -67,8 +67,10 @@ def reading(path, advice):
         if Path(path).exists() and not Path(path).is_file():  # a named pipe would be waited for
             raise BadInput(f"{path}: not a file; {advice}")
         yield
-    except BadInput:
+    except (BadInput, BrokenPipeError):
         raise
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file; {advice}") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BadInput(f"{path}: cannot be used ({reason}); {advice}") from error
@@ -519,7 +521,8 @@ def make_loader(images, batch_size=128, workers=0, order=None):
 
 def _leave_signals_to_the_script(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOP_SIGNALS[1:]:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def count_cores(most=8):
@@ -609,7 +612,7 @@ def save_checkpoint(path, model, **fields):
 def load_checkpoint(path):
     """What a training stage wrote, on the CPU. Raises BadInput if it is missing, damaged,
     foreign."""
-    with reading(path, "is it whole, and of this project? Run its stage (again)"):
+    with reading(path, "train_erm.py and finetune_contrastive.py make such checkpoints"):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # by checksums, which torch.load does not look at
                 raise ValueError("damaged")
@@ -979,6 +982,8 @@ def sample_groups(g, groups, most=None, whole=(), seed=0):
 # ------------------------------------------------------------------------------------------------
 
 # Arguments that leave the results alone; data and start are compared by fingerprint instead
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+STOP_SIGNALS += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 NOT_SETTINGS = {
     "run",
     "name",
@@ -992,14 +997,15 @@ NOT_SETTINGS = {
 
 
 def check_flags(args, *positive):
-    """Raises BadInput unless the arguments named are positive (or left out), the seed is one, and
-    --device is there."""
+    """Raises BadInput unless the arguments named are positive (or left out), seed and workers are
+    possible, and --device is there."""
     for name in positive:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
-    if args.seed is not None and not 0 <= args.seed < 2**32:
-        raise BadInput(f"--seed {args.seed}: must be 0 to {2**32 - 1}")
+    for name, most in (("seed", 2**32 - 1), ("workers", 1000)):
+        if not 0 <= getattr(args, name) <= most:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be 0 to {most}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
@@ -1081,10 +1087,12 @@ def check_folder(folder, names):
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; move it away or choose another --run")
     for path in sorted(folder.iterdir()) if folder.exists() else []:
-        if re.fullmatch(r"\..*\.new", path.name):
-            path.unlink()
-        elif not any(fnmatch.fnmatch(path.name, name) for name in names):
+        unfinished = re.fullmatch(r"\.(.*)\.new", path.name)  # what `write` was writing
+        file = unfinished[1] if unfinished else path.name
+        if not any(fnmatch.fnmatch(file, name) for name in names):
             raise BadInput(f"{path} is not of this stage; move it away or choose another --run")
+        if unfinished:
+            path.unlink()
     if folder.exists() and any(folder.iterdir()) and "stage" not in read_json(folder / "args.json"):
         raise BadInput(f"{folder} was not written by this project; choose another --run")
 
@@ -1119,12 +1127,12 @@ def replace_folder(new, folder):
 
 def start_or_continue(folder, args, names, **inputs):
     """For a training stage: last.pt of an earlier run of the same settings and inputs, to continue
-    from, or None after making an empty folder with args.json. Raises BadInput where going on would
-    mix two runs."""
+    from (None after making an empty folder with args.json), and results.json where that run is
+    finished (else None). Raises BadInput where going on would mix two runs."""
     check_folder(folder, names)
     if args.overwrite or not (folder / "args.json").exists():
         replace_folder(new_folder(folder, args, names, **inputs), folder)
-        return None
+        return None, None
     before, now = read_json(folder / "args.json"), plain(args)
     changed = []
     with reading(folder / "args.json", "use --overwrite or another --run"):
@@ -1137,12 +1145,15 @@ def start_or_continue(folder, args, names, **inputs):
         what = f"holds a run with other settings ({'; '.join(changed[:4])})"
         raise BadInput(f"{folder} {what}; use --overwrite or another --run")
     if not (folder / "last.pt").exists():
-        return None
-    last = load_checkpoint(folder / "last.pt")
+        return None, None
+    last, results = load_checkpoint(folder / "last.pt"), folder / "results.json"
     if last["epoch"] < now["epochs"]:
-        (folder / "results.json").unlink(missing_ok=True)
+        results.unlink(missing_ok=True)
         write_json(folder / "args.json", {**before, "args": now})
-    return last
+    if not results.exists():
+        return last, None
+    print(f"{folder} is finished; --overwrite starts anew")
+    return last, read_json(results)
 
 
 @contextlib.contextmanager
@@ -1156,9 +1167,8 @@ def script(folder, afterwards="the same command continues"):
         raise Stopped(number)
 
     warnings.simplefilter("ignore")  # what the user should know, we say
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # under nohup it is ignored
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, stop)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -1167,6 +1177,7 @@ def script(folder, afterwards="the same command continues"):
             try:
                 lock.write_text(f"{os.getpid()} on {platform.node()}")
                 yield
+                sys.stdout.flush()
             finally:
                 shutil.rmtree(_beside(folder, "new"), ignore_errors=True)
                 lock.unlink(missing_ok=True)

@@ -19,9 +19,14 @@ last.pt, groups.png, curves.png, results.json. The same command again continues 
 import argparse
 import json
 import math
+import os
+import signal
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -115,7 +120,7 @@ def parse_args(argv=None):
 # ---- the method ----
 
 
-def critical_neurons(model, images, logits, args, counts, unit, epoch):
+def critical_neurons(model, images, logits, args, counts, epoch):
     """The neurons to mask in this epoch: (criterion, layer, index, score); 'mixed' may list one
     twice. images: the training set without augmentation; logits (N, C) of all of it, by the model
     as it is."""
@@ -128,14 +133,14 @@ def critical_neurons(model, images, logits, args, counts, unit, epoch):
         drawn = torch.randperm(total, generator=generator)[:k].tolist()
         rows = [("random", layer, i, "") for layer, i in common.locate(drawn, counts)]
     if args.criterion in ("magnitude", "mixed"):
-        scores["magnitude"] = common.magnitude_scores(model, unit)
+        scores["magnitude"] = common.magnitude_scores(model, args.unit)
     if args.criterion in ("gradient", "mixed"):
         index = torch.arange(len(images))
         if args.gradient_source == "minority":
             index = torch.isin(images.g, torch.tensor(args.minority)).nonzero()[:, 0]
         worst = common.worst_images(logits, images.y, index, generator)
         batches = common.make_loader(Subset(images, worst.tolist()), args.batch_size, 0)
-        scores["gradient"] = common.gradient_scores(model, batches, unit)
+        scores["gradient"] = common.gradient_scores(model, batches, args.unit)
     sign = 1 if args.order == "largest" else -1
     for criterion, layers in scores.items():
         top = common.top_neurons({layer: sign * values for layer, values in layers.items()}, k)
@@ -236,12 +241,12 @@ def main(args):
     for name in common.SPLITS:
         splits[name] = common.open_split(start, table, name)
         evaluated[name] = common.make_loader(splits[name], args.batch_size, args.workers)
-    unit, counts = common.find_neurons(model, args.unit)
+    args.unit, counts = common.find_neurons(model, args.unit)
     inputs = {"data": table.fingerprint(), "start": common.fingerprint_of(model)}
-    last = common.start_or_continue(folder, args, FILES, **inputs)
-    if last and (folder / "results.json").exists():
-        print(f"{folder} is finished; --overwrite trains it again")
-        return print_table(common.read_json(folder / "results.json"))
+    last, finished = common.start_or_continue(folder, args, FILES, **inputs)
+    if finished:
+        with common.reading(folder / "results.json", "use --overwrite"):
+            return print_table(finished)
 
     torch.manual_seed(args.seed)  # of a projection head
     project = projection(model, args.features, start["size"])
@@ -261,14 +266,13 @@ def main(args):
             pruned, neurons = read_pruned(folder / "pruned.csv", last["pruned"], last["epoch"])
 
     logits, reports = measure(model, evaluated, groups)
-    log = log or [{"epoch": 0, **reports}]  # epoch 0: the network as it came from ERM
+    log = log or [{"epoch": 0, **reports}]  # the network as it came from ERM
     for epoch in range(len(log), args.epochs + 1):
         started, lr, n, sums = time.time(), optimizer.param_groups[0]["lr"], 0, {}
         # The mask of this epoch, from the network as it is now
-        images = splits["train"]
-        rows = critical_neurons(model, images, logits["train"], args, counts, unit, epoch)
+        rows = critical_neurons(model, splits["train"], logits["train"], args, counts, epoch)
         before, neurons = neurons, {(layer, index) for _, layer, index, _ in rows}
-        masks = common.neuron_masks(model, neurons, unit)
+        masks = common.neuron_masks(model, neurons, args.unit)
         own = args.aux_bn == "own"
         buffers = {name: b.clone() for name, b in model.named_buffers()} if own else {}
         torch.manual_seed(common.seed_of(args.seed, epoch))  # of dropout
@@ -311,7 +315,7 @@ def main(args):
     results = {"stage": "finetune", "arch": start["arch"], "source": table.source}
     results |= {"start": args.checkpoint.name, "start_epoch": start["epoch"], "selection": spread}
     results |= {key: getattr(args, key) for key in (*METHOD, *BUDGET)}
-    results |= {"unit": unit, "selected_epoch": best["epoch"]}
+    results["selected_epoch"] = best["epoch"]
     networks = {"before": (args.checkpoint, 0), "splits": (folder / "best.pt", best["epoch"])}
     networks["last"] = (folder / "last.pt", args.epochs)
     for key, (path, epoch) in networks.items():

@@ -15,9 +15,14 @@ import argparse
 import copy
 import itertools
 import math
+import os
+import signal
 import textwrap
 from collections import Counter
 from pathlib import Path
+
+if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch

@@ -10,7 +10,12 @@ recorded, signed, in percentage points. Reads RUN/erm/best.pt and its data; writ
 """
 
 import argparse
+import os
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 from matplotlib.figure import Figure

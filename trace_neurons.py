@@ -13,8 +13,13 @@ writes RUN/trace/ (as a whole): args.json, neurons.csv, accuracy.csv, figures, r
 
 import argparse
 import math
+import os
+import signal
 from itertools import product
 from pathlib import Path
+
+if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import matplotlib
 import numpy as np

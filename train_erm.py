@@ -12,8 +12,13 @@ results.json. The same command again continues an interrupted run; a larger --ep
 import argparse
 import json
 import math
+import os
+import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -82,21 +87,15 @@ def main(args):
     table = common.read_table(args.data, args.attributes)
     common.fill_defaults(args, SYNTHETIC if table.source == "synthetic" else PAPER)
     common.check_flags(args, "epochs", "batch_size", "lr", "size")
+    if not 0 <= args.difficulty < math.inf:
+        raise common.BadInput(f"--difficulty {args.difficulty}: must not be negative")
+    if args.weights not in ("default", "none"):
+        args.weights = str(Path(args.weights).resolve())
 
     # Everything that can be refused is looked at before the folder is touched
     torch.manual_seed(args.seed)  # of the head
     model = common.build_model(args.arch, len(table.classes), args.size, args.weights)
-    source = {"source": table.source, "attributes": args.attributes, "difficulty": args.difficulty}
-    about = {
-        "arch": args.arch,
-        "n_classes": len(table.classes),
-        "classes": table.classes,
-        "size": args.size,
-        "mean": list(model.pretrained_cfg["mean"]),
-        "std": list(model.pretrained_cfg["std"]),
-        "data": {**source, "fingerprint": table.fingerprint()},
-        "args": common.plain(args),
-    }
+    about = describe(args, table, model)
     images = common.open_split(about, table, "train", args.augment, seed=args.seed)
     order = common.EpochOrder(len(images), args.batch_size, args.seed)
     train = common.make_loader(images, workers=args.workers, order=order)
@@ -105,10 +104,10 @@ def main(args):
         split = common.open_split(about, table, name)
         loaders[name] = common.make_loader(split, args.batch_size, args.workers)
     folder = args.run / "erm"
-    last = common.start_or_continue(folder, args, FILES, data=table.fingerprint())
-    if last and (folder / "results.json").exists():
-        print(f"{folder} is finished; --overwrite trains it again")
-        return print_table(common.read_json(folder / "results.json"), table.groups)
+    last, finished = common.start_or_continue(folder, args, FILES, data=table.fingerprint())
+    if finished:
+        with common.reading(folder / "results.json", "use --overwrite"):
+            return print_table(finished, table.groups)
 
     # Model, optimizer, and where an interrupted run left them
     model.to(args.device, memory_format=torch.channels_last)
@@ -178,6 +177,15 @@ def main(args):
     common.write_json(folder / "results.json", results)
     print_table(results, table.groups)
     print(f"wrote {folder}/")
+
+
+def describe(args, table, model):
+    """What a checkpoint says of itself, so that a later stage needs nothing else."""
+    source = {"source": table.source, "attributes": args.attributes, "difficulty": args.difficulty}
+    about = {"arch": args.arch, "n_classes": len(table.classes), "classes": table.classes}
+    about |= {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")}
+    about |= {"data": {**source, "fingerprint": table.fingerprint()}}
+    return {**about, "size": args.size, "args": common.plain(args)}
 
 
 def print_epoch(row, epochs):

@@ -1189,7 +1189,7 @@ def script(folder, afterwards="the same command continues"):
         raise SystemExit(141) from None
     except Stopped as stopped:
         number = signal.Signals(stopped.args[0])
-        said = f"stopped by {number.name}; {afterwards}: {shlex.join(sys.argv)}"
+        said = f"stopped by {number.name}; {afterwards}: python {shlex.join(sys.argv)}"
         print(f"\n{program}: {said}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except filelock.Timeout:

@@ -174,7 +174,8 @@ def activations(model, x, layer=None, target=None):
 
     def cut(_, inputs, out):
         if not torch.is_tensor(out) or len(out) != len(x):
-            raise BadInput(f"--layer {layer}: gives no map for each image; name another")
+            place = layer or "the last feature map"
+            raise BadInput(f"{place} gives no map for each image; name another --layer")
         torch.set_grad_enabled(True)  # only what follows the layer is recorded
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # what goes on may be overwritten, by an in-place ReLU
@@ -211,7 +212,8 @@ def as_grid(model, layer, values):
         if side > 0 and side**2 == patches.shape[1]:
             return patches.transpose(1, 2).unflatten(2, (side, side))
     shape = tuple(values.shape[1:])
-    raise BadInput(f"--layer {layer or '(default)'}: gives {shape} for an image, which is no map")
+    place = layer or "the last feature map"
+    raise BadInput(f"{place} gives {shape} for an image, which is no map; name another --layer")
 
 
 def model_format(model):

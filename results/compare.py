@@ -1,0 +1,420 @@
+"""Means over finished runs: accuracies, paired differences, traces; Table 12 and Figure 6.
+
+    python results/compare.py runs/wb*                  # every finished stage of every run folder
+    python results/compare.py runs/wb*/finetune-erm     # one stage of each
+    python results/compare.py runs/wb* --add --write    # into numbers.jsonl and into the report
+
+A cell is the mean over run folders +- the sample standard deviation (n). Differences are paired by
+run folder. "ERM continued" is the run of --method erm in the same run folder with the same start,
+epochs, learning rate, batch size, augmentation and seed. Reads RUN/NAME/results.json, args.json.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+from common import BadInput, reading
+
+HERE, FIGURE = Path(__file__).resolve().parent, Path("runs/fig06_compare.png")
+STAGES = ("erm", "trace", "structured", "finetune", "gradcam")
+ACCURACIES = {"acc_worst": "worst group", "acc_mean": "mean"}
+ACCURACIES |= {"acc_mean_train_mix": "mean, groups in training mix"}
+BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
+# Arguments that say where things lie, or leave the numbers alone
+PLACES = {"run", "name", "data", "checkpoint", "kick_in", "before", "after", "images", "masks"}
+PLACES |= {"seed", "device", "workers", "overwrite", "keep_epochs"}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    runs = "run folders (every finished stage in them), or RUN/NAME for one stage"
+    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help=runs)
+    figure = f"where to draw Figure 6: .png, .pdf or .svg ({FIGURE})"
+    p.add_argument("--figure", type=Path, metavar="FILE", help=figure)
+    keep = "keep what was found in results/numbers.jsonl, in the place of an equal run's line"
+    p.add_argument("--add", action="store_true", help=keep)
+    page = "rewrite the tables of results/README.md from results/numbers.jsonl; needs no RUN"
+    p.add_argument("--write", action="store_true", help=page)
+    return p.parse_args(argv)
+
+
+def main(args):
+    store, page = HERE / "numbers.jsonl", HERE / "README.md"
+    if not args.runs and (args.add or not args.write):
+        raise BadInput("no run folder given; name some, such as runs/wb*, or use --write alone")
+    if args.figure and args.figure.suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"--figure {args.figure}: expected a name that ends in .png, .pdf or .svg")
+
+    if args.runs:
+        found, shown = read_runs(args.runs)
+        warn_of_differences(shown)
+        for make in TABLES.values():
+            for table in make(shown, found):
+                print_table(*table)
+        plot(shown, args.figure or FIGURE)
+    if args.add:
+        kept = {identity(record): record for record in [*read_store(store), *shown]}
+        ordered = sorted(kept.values(), key=identity)
+        common.write(store, "".join(f"{json.dumps(record)}\n" for record in ordered))
+        print(f"{store} has {len(ordered)} lines")
+    if args.write:
+        records = read_store(store)
+        warn_of_differences(records)
+        common.write(page, with_tables(page, records))
+        print(f"wrote the tables of {page}")
+        if args.figure and not args.runs:
+            plot(records, args.figure)
+
+
+# ---- records: what one finished stage is worth, and a line of numbers.jsonl ----
+
+
+def read_runs(folders):
+    """Records of all stages of the run folders (the control of a stage may not have been asked
+    for), and of those asked for."""
+    found, shown = {}, {}
+    for folder in folders:
+        if folder.is_file():  # such as an earlier Figure 6 in runs/*
+            continue
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: no such folder")
+        folder, one_stage = folder.resolve(), (folder / "results.json").exists()
+        run = folder.parent if one_stage else folder
+        for path in sorted(run.glob("[!.]*/results.json")):  # .NAME.new is not finished
+            if path not in found:
+                with reading(path, "is it of a finished run of this project? Run its stage again"):
+                    found[path] = check(make_record(path))
+            if path.parent == folder or not one_stage:
+                shown[path] = found[path]
+    if not shown:
+        raise BadInput(f"{folders[0]}: no finished run there (RUN/NAME/results.json)")
+    shorten(found.values(), "source", 2)
+    shorten(found.values(), "run", 1)
+    return list(found.values()), list(shown.values())
+
+
+def shorten(records, key, length):
+    """Give paths the shortest ends, of `length` parts or more, that tell them apart."""
+    parts = {record[key]: Path(record[key]).parts for record in records}
+    while len({path[-length:] for path in parts.values()}) < len(parts):
+        length += 1
+    for record in records:
+        record[key] = str(Path(*parts[record[key]][-length:]))
+
+
+def make_record(path):
+    """What results.json and args.json of a stage say, as far as it is compared; plain types."""
+    result, about = (common.read_json(path.with_name(f"{n}.json")) for n in ("results", "args"))
+    origin = result
+    if "source" not in result:  # an ERM run: its checkpoint knows
+        checkpoint = common.load_checkpoint(path.with_name("best.pt"))
+        origin = {"arch": checkpoint["arch"], "source": checkpoint["data"]["source"]}
+    source = origin["source"]
+    record = {"run": str(path.parents[1]), "name": path.parent.name, "stage": result["stage"]}
+    record["source"] = source if source == "synthetic" else str(Path(source).resolve())
+    record |= {"arch": origin["arch"], "unit": result.get("unit", "")}
+    record |= {"commit": (about["commit"] or "")[:7], "seed": about["args"]["seed"], "settings": {}}
+    for key, value in about["args"].items():
+        is_path = isinstance(value, str) and os.sep in value  # of --weights FILE the name will do
+        if key not in PLACES:
+            record["settings"][key] = Path(value).name if is_path else value
+
+    # Counts and accuracies of each split, of training stages; lines of a table, of the others
+    reports, record["reports"], record["lines"] = dict(result.get("splits", {})), {}, {}
+    if record["stage"] == "finetune":
+        reports["before"] = result["before"]["test"]
+        weights = about["inputs"]["start"]  # their fingerprint
+        record["start"] = [result["start"], result["start_epoch"], weights]
+    for split, report in reports.items():
+        record["groups"] = [f"{title(group)} {group['name']}" for group in report["groups"]]
+        rows = {key: [row[key] for row in report["groups"]] for key in ("n", "correct")}
+        record["reports"][split] = {**rows, **{key: report[key] for key in ACCURACIES}}
+    for line, column, values in cells_of(result):
+        record["lines"].setdefault(line, {})[column] = [round(value, 3) for value in values]
+    return record
+
+
+def title(group):
+    return f"G{group['group']}{'*' if group['minority'] else ''}"
+
+
+def cells_of(result):
+    """What tracing and Grad-CAM found: (line, column, [points] or [points, images])."""
+    if result["stage"] == "trace":
+        names = [title(group) for group in result["groups"]]
+        for row in result["tables"]:
+            line = f"{row['table']}: {row['line']}{', test images' * (row['split'] == 'test')}"
+            for name, points, images in zip(names, row["points"], row["images"]):
+                if points is not None:  # a group without images
+                    yield line, name, [points, images]
+        for criterion, control in result["control"].items():
+            for test in control["tests"]:
+                line = f"Control: random ones of {test['random']} in place of {criterion}"
+                yield line, names[test["group"]], [test["mean"], test["mean"] * test["n"] / 100]
+    if result["stage"] == "structured":
+        for criterion, found in result["summary"].items():
+            for third, share in (found["thirds"] or {}).items():
+                yield criterion, f"{third} third", [100 * share]
+    if result["stage"] == "gradcam":
+        for row in result["focus"]:
+            for measure in ("mass", "pointing"):
+                if " - " in row["model"] and row[measure] is not None:
+                    yield f"{measure}, {row['model']}", title(row), [100 * row[measure]]
+
+
+def check(record):
+    """The record itself. What is missing or odd in it raises here, where its file is known."""
+    if record["stage"] not in STAGES:
+        raise ValueError(f"stage {record['stage']!r}")
+    identity(record), warn_of_differences([record])
+    for make in TABLES.values():
+        list(make([record], [record]))
+    for split, report in record["reports"].items():
+        accuracies = [report[key] for key in ACCURACIES]
+        if not all(0 <= accuracy <= 1 for accuracy in accuracies):
+            raise ValueError(f"accuracies of {split}: {accuracies}")
+    return record
+
+
+def identity(record):
+    """Where a record stands in numbers.jsonl; of those at one place the later stays."""
+    keys = ("source", "arch", "run", "stage", "name", "seed", "settings")
+    return json.dumps([record[key] for key in keys], sort_keys=True)
+
+
+def read_store(path):
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        with reading(f"{path} line {number}", "mend it, or delete it and --add its run again"):
+            records.append(check(json.loads(line)))
+    return records
+
+
+def warn_of_differences(records):
+    """Runs of one name are averaged, so they should differ in the seed alone."""
+    for (*_, name), runs in grouped(records, "source", "arch", "unit", "name").items():
+        settings = [{**run["settings"], "start": run.get("start", [""])[0]} for run in runs]
+        differ = []
+        for key in dict.fromkeys(key for values in settings for key in values):
+            if len({json.dumps(values.get(key)) for values in settings}) > 1:
+                differ.append(key)
+        if differ:
+            common.warn(f"the runs called {name} differ in more than the seed: {', '.join(differ)}")
+
+
+# ---- statistics ----
+
+
+def t_quantile(df):
+    """The 97.5 % quantile of Student's t. With t = sqrt(df) tan(angle) its density becomes that of
+    cos(angle) ** (df - 1), of which a sum of rectangles is a good integral."""
+    edges = np.linspace(0, np.pi / 2, 100_001)
+    middles = (edges[1:] + edges[:-1]) / 2
+    area = np.cumsum([0, *np.cos(middles) ** (df - 1)])
+    return float(np.sqrt(df) * np.tan(np.interp(0.95 * area[-1], area, edges)))
+
+
+def cell(values, sign=""):
+    """Mean +- sample standard deviation (n)."""
+    if not values:
+        return "-"
+    spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.1f}{spread} ({len(values)})"
+
+
+def interval(values):
+    """The 95 % t-interval of the mean."""
+    if len(values) < 2:
+        return "-"
+    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"[{np.mean(values) - half:+.1f}, {np.mean(values) + half:+.1f}]"
+
+
+def grouped(records, *keys):
+    """{values of the keys: records}, in order of appearance."""
+    found = {}
+    for record in records:
+        found.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return found
+
+
+def by_data(records, *stages):
+    """{(data set, network): records} of these stages."""
+    return grouped([r for r in records if r["stage"] in stages], "source", "arch")
+
+
+def worst(run, split="test"):
+    return 100 * run["reports"][split]["acc_worst"]
+
+
+def budget(run):
+    """What a fine-tuning and its control have in common."""
+    settings = [run["settings"][key] for key in BUDGET]
+    return json.dumps([run["run"], run["start"], run["seed"], settings])
+
+
+# ---- tables: what each yields is (title, header, rows), a row with its name in front ----
+
+
+def accuracy_tables(shown, _):
+    for data, runs in by_data(shown, "erm", "finetune").items():
+        found = []  # name, what counts once, report
+        for run in runs:
+            if run["stage"] == "erm":
+                found.append(("ERM, selected epoch", identity(run), run["reports"]["test"]))
+        tuned = [run for run in runs if run["stage"] == "finetune"]
+        for run in tuned:
+            once = json.dumps([run["run"], run["start"]])
+            found.append((f"before: {run['start'][0]}", once, run["reports"]["before"]))
+        for run in tuned:
+            found.append((run["name"], identity(run), run["reports"]["test"]))
+        rows, table = {}, []
+        for name, once, report in found:
+            rows.setdefault(name, {})[once] = report
+        for name, reports in rows.items():
+            columns = [[100 * r[key] for r in reports.values()] for key in ACCURACIES]
+            table.append([name, *map(cell, columns)])
+        heading = f"{', '.join(data)}: test accuracy in %, mean +- sd (n)"
+        yield heading, ["", *ACCURACIES.values()], table
+
+
+def difference_tables(shown, found):
+    for data, runs in by_data(shown, "finetune").items():
+        continued, table = {}, []
+        for run in by_data(found, "finetune")[data]:
+            if run["settings"]["method"] == "erm":
+                continued[budget(run)] = worst(run)
+        for (name,), of_name in grouped(runs, "name").items():
+            from_before = [worst(run) - worst(run, "before") for run in of_name]
+            from_erm = []
+            for run in of_name:
+                if run["settings"]["method"] != "erm" and budget(run) in continued:
+                    from_erm.append(worst(run) - continued[budget(run)])
+            row = [name, cell(from_before, "+"), interval(from_before)]
+            table.append([*row, cell(from_erm, "+"), interval(from_erm)])
+        header = ["", "minus before", "95 % interval", "minus ERM continued", "95 % interval"]
+        yield f"{', '.join(data)}: differences in test worst-group accuracy, points", header, table
+
+
+def group_tables(shown, _):
+    for data, runs in by_data(shown, "erm").items():
+        rows = {}  # {group: {split: accuracies}}
+        for run in runs:
+            for j, group in enumerate(run["groups"]):
+                row = rows.setdefault(group, {split: [] for split in common.SPLITS})
+                for split, accuracies in row.items():
+                    n, correct = (run["reports"][split][key][j] for key in ("n", "correct"))
+                    accuracies += [100 * correct / n] if n else []
+        table = [[group, *map(cell, row.values())] for group, row in rows.items()]
+        heading = f"{', '.join(data)}: ERM, selected epoch, accuracy in %"
+        yield heading, ["group", *common.SPLITS], table
+
+
+def line_tables(stage, what, sign):
+    def make(shown, _):
+        kinds = grouped([r for r in shown if r["stage"] == stage], "source", "arch", "unit")
+        for kind, runs in kinds.items():
+            rows, columns = {}, {}  # {line: {column: values}}, and a set that keeps its order
+            for run in runs:
+                for line, values in run["lines"].items():
+                    row = rows.setdefault(line, {})
+                    for column, (value, *_) in values.items():
+                        columns[column] = None
+                        row.setdefault(column, []).append(value)
+            table = []
+            for line, row in rows.items():
+                table.append([line, *(cell(row.get(column), sign) for column in columns)])
+            yield f"{', '.join(filter(None, kind))}: {what}", ["", *columns], table
+
+    return make
+
+
+CHANGE = "change in accuracy, points, of each group under the neurons selected by it"
+THIRDS = "where the minorities' change lies, % of its absolute sum over layers"
+FOCUS = "focus of Grad-CAM on the object, after minus before, points"
+TABLES = {
+    "wga": accuracy_tables,
+    "differences": difference_tables,
+    "groups": group_tables,
+    "trace": line_tables("trace", CHANGE, "+"),
+    "structured": line_tables("structured", THIRDS, ""),
+    "gradcam": line_tables("gradcam", FOCUS, "+"),
+}
+
+
+def print_table(heading, header, rows):
+    print(f"\n{heading}")
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for first, *cells in [header, *rows]:
+        aligned = [f"{text:>{width}s}" for text, width in zip(cells, widths[1:])]
+        print(f"{first:{widths[0]}s}  {'  '.join(aligned)}")
+
+
+def with_tables(page, records):
+    """The text of the page, the tables between its markers made anew."""
+
+    def fill(marker):
+        parts = [f"<!-- numbers: {marker[1]} -->\n"]
+        for heading, header, rows in TABLES[marker[1]](records, records):
+            lines = [f"{heading}:", ""]
+            for row in [header, ["---"] * len(header), *rows]:
+                lines.append(f"| {' | '.join(row)} |".replace("*", r"\*"))
+            parts.append("\n".join([*lines, ""]))
+        return "\n".join([*parts, "<!-- end -->"])
+
+    advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
+    with reading(page, advice):
+        text = page.read_text()
+        new, n = re.subn("<!-- numbers: (.*?) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+        if n != text.count("<!-- numbers:"):
+            raise ValueError("a marker has no end")
+    return new
+
+
+def plot(records, path):
+    """Figure 6: test worst-group accuracy before and after every fine-tuning, a panel a data set;
+    bars: mean, whiskers: standard deviation, dots: single runs."""
+    panels = {data: grouped(runs, "name") for data, runs in by_data(records, "finetune").items()}
+    if not panels:
+        return print("\nno fine-tuning run, so no Figure 6")
+    widths = [0.6 + len(names) for names in panels.values()]
+    fig = Figure(figsize=(1.8 + 0.75 * sum(widths), 4), layout="constrained")
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
+    styles = {"before": (-0.2, {"color": "0.85"}), "test": (0.2, {"color": "0.5"})}
+    for ax, (data, names) in zip(axes, panels.items()):
+        for i, runs in enumerate(names.values()):
+            for split, (offset, style) in styles.items():
+                values = [worst(run, split) for run in runs]
+                spread = np.std(values, ddof=1) if len(values) > 1 else None
+                label = {"before": "before", "test": "after"}[split] if i == 0 else None
+                style = {**style, "edgecolor": "black", "lw": 0.5, "error_kw": {"capsize": 3}}
+                ax.bar(i + offset, np.mean(values), 0.4, yerr=spread, label=label, **style)
+                ax.plot([i + offset] * len(values), values, "o", color="black", mfc="white", ms=3.5)
+        ticks = [name.removeprefix("finetune-") for name in names]
+        ax.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=8)
+        ax.set_title(", ".join(data), fontsize=9)
+        ax.grid(axis="y", color="0.92")
+        ax.set_axisbelow(True)
+    axes[0].set_ylabel("test worst-group accuracy (%)")
+    axes[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.save_figure(fig, path)
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    writes_here = arguments.add or arguments.write
+    folder = HERE if writes_here else (arguments.figure or FIGURE).parent
+    with common.script(folder / "compare", "nothing is half-written; start it again"):
+        main(arguments)

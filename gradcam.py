@@ -207,10 +207,11 @@ def as_grid(model, layer, values):
         last = values.shape[1] != channels or (not norm and model_format(model) == "NHWC")
         return values.permute(0, 3, 1, 2) if last else values
     if values.dim() == 3:
-        patches = values[:, getattr(model, "num_prefix_tokens", 0) :]
-        side = math.isqrt(patches.shape[1])
-        if side > 0 and side**2 == patches.shape[1]:
-            return patches.transpose(1, 2).unflatten(2, (side, side))
+        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1):  # XCiT's blocks: patches only
+            patches = values[:, prefix:]
+            side = math.isqrt(patches.shape[1])
+            if side > 0 and side**2 == patches.shape[1]:
+                return patches.transpose(1, 2).unflatten(2, (side, side))
     shape = tuple(values.shape[1:])
     place = layer or "the last feature map"
     raise BadInput(f"{place} gives {shape} for an image, which is no map; name another --layer")

@@ -248,6 +248,7 @@ def main(args):
         with common.reading(folder / "results.json", "use --overwrite"):
             return print_table(finished)
 
+    # Optimizer, and where an interrupted run left everything
     torch.manual_seed(args.seed)  # of a projection head
     project = projection(model, args.features, start["size"])
     parameters = [*model.parameters(), *project.parameters()]
@@ -276,7 +277,7 @@ def main(args):
         own = args.aux_bn == "own"
         buffers = {name: b.clone() for name, b in model.named_buffers()} if own else {}
         torch.manual_seed(common.seed_of(args.seed, epoch))  # of dropout
-        order.epoch = epoch
+        order.epoch = epoch  # order and augmentation follow from (seed, epoch)
         model.train()
         for x, y, *_ in tqdm(batches, f"epoch {epoch}", disable=None, leave=False):
             x, y = common.on_device(model, x, y)

@@ -81,6 +81,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    # The networks, their data, what is explained and where
     args.before = args.before or args.run / "erm" / "best.pt"
     args.after = args.after or [args.run / "finetune" / "best.pt"]
     models, checkpoint, table = load_networks(args)
@@ -136,6 +137,7 @@ def main(args):
     else:
         print("nothing measured: no object masks (--masks DIR), or images of your own")
 
+    # Figures and tables, which take the place of older ones as a whole
     pictures = x * torch.tensor(checkpoint["std"]).view(3, 1, 1)
     pictures += torch.tensor(checkpoint["mean"]).view(3, 1, 1)
     heading = f"Grad-CAM of {layer or 'the last feature map'}, {explained}"

@@ -57,6 +57,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    # The network and its data; a folder to write into, before anything is computed
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, table = common.reopen(args.checkpoint, args.data, args.device)
     built_in, groups = table.source == "synthetic", table.groups
@@ -88,6 +89,7 @@ def main(args):
             keys.append({"layer": layer, "criterion": criterion, "selected_by": by})
             variants.append(common.Variant(neurons, groups=None if by == "all" else (by,)))
 
+    # Each variant on the groups that it is for: magnitude's on all, the gradient's on its own
     rows = []
     found = common.accuracy_under(model, batches(index), variants, unit)
     for key, variant, by_group in zip(keys, variants, found):
@@ -95,6 +97,7 @@ def main(args):
             points = 100 * (images["correct_after"] - images["correct_before"]) / images["n"]
             row = {**key, "k": len(variant.neurons), "group": j, **images}
             rows.append({**row, "change_percent": round(points, 4)})
+    # The heat map and its summary
     heat = {criterion: heat_map(rows, criterion, counts, groups) for criterion in CRITERIA}
     summary = {c: summarize_layers(heat[c], list(counts), groups) for c in CRITERIA}
     common.write_csv(new / "layers.csv", rows)

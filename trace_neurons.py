@@ -99,6 +99,7 @@ def check(args, n_neurons):
 
 
 def main(args):
+    # The network and its data; a folder to write into, before anything is computed
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, table = common.reopen(args.checkpoint, args.data, args.device)
     built_in, groups = table.source == "synthetic", table.groups
@@ -153,6 +154,7 @@ def main(args):
             for j, images in by_group.items():
                 rows.append({**dict(zip(KEY, key)), "split": name, "group": j, **images})
 
+    # Tables, control and figures, which take the place of an older trace as a whole
     neurons = neuron_table(ranked, scores, everywhere)
     tables = make_tables(rows, groups, args)
     results = {

@@ -84,6 +84,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    # What is asked for
     table = common.read_table(args.data, args.attributes)
     common.fill_defaults(args, SYNTHETIC if table.source == "synthetic" else PAPER)
     common.check_flags(args, "epochs", "batch_size", "lr", "size")
@@ -124,6 +125,7 @@ def main(args):
     for epoch in range(len(log) + 1, args.epochs + 1):
         started, lr, n = time.time(), optimizer.param_groups[0]["lr"], 0
         total = torch.zeros((), device=args.device)
+        # Order and augmentation follow from (seed, epoch), so a continued run sees the same
         torch.manual_seed(common.seed_of(args.seed, epoch))  # of dropout
         order.epoch = epoch
         model.train()
@@ -145,12 +147,14 @@ def main(args):
             reports[name] = common.evaluate(model, loaders[name], table.groups)
         val = reports["val"]
         score = {"val-wga": val["acc_worst"], "val-mean": val["acc_mean"], "last": epoch}
+        # best.pt before last.pt: a kill in between repeats the epoch and writes the same again
         fields = {**about, "epoch": epoch, "metrics": reports}
         if score[args.select] > best["score"]:
             best = {"epoch": epoch, "score": score[args.select]}
             common.save_checkpoint(folder / "best.pt", model, **fields)
         if epoch in args.keep_epochs:
             common.save_checkpoint(folder / f"epoch_{epoch:03d}.pt", model, **fields)
+        # The log lies in last.pt, so that log and weights cannot disagree; log.jsonl is a copy
         seconds = round(time.time() - started, 2)
         log.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds, **reports})
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -172,6 +176,7 @@ def main(args):
             "val": log[epoch - 1]["val"],
             "test": test,
         }
+    # results.json comes last: where it stands, the run is whole
     plot_groups(results, folder / "fig01_group_accuracy.png")
     plot_curves(log, best["epoch"], folder / "curves.png")
     common.write_json(folder / "results.json", results)

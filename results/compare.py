@@ -4,13 +4,14 @@
     python results/compare.py runs/wb*/finetune-erm     # one stage of each
     python results/compare.py runs/wb* --add --write    # into numbers.jsonl and into the report
 
-A cell is the mean over run folders +- the sample standard deviation (n). Differences are paired by
-run folder. "ERM continued" is the run of --method erm in the same run folder with the same start,
-epochs, learning rate, batch size, augmentation and seed. Reads RUN/NAME/results.json, args.json.
+A cell is the mean over run folders +- the sample standard deviation (n). Gains are paired by run
+folder and carry the 95 % t-interval of their mean. "ERM continued" is the run of --method erm in
+the same run folder with the same start, epochs, learning rate, batch size, augmentation and seed.
+Tracing: each group under the neurons selected by it; Matrix: every group under every set. Reads
+results.json and args.json of the stages; writes Figure 6.
 """
 
 import argparse
-import functools
 import json
 import os
 import re
@@ -58,8 +59,8 @@ def main(args):
     if args.runs:
         found, shown = read_runs(args.runs)
         warn_of_differences(shown)
-        for make in TABLES.values():
-            for table in make(shown, found):
+        for block in TABLES:
+            for table in tables(block, shown, found):
                 print_table(*table)
         plot(shown, args.figure or FIGURE)
     if args.add:
@@ -90,14 +91,17 @@ def read_runs(folders):
             raise BadInput(f"{folder}: no such folder")
         folder, one_stage = folder.resolve(), (folder / "results.json").exists()
         run = folder.parent if one_stage else folder
-        for path in sorted(run.glob("[!.]*/results.json")):  # .NAME.new is not finished
+        paths = sorted(run.glob("[!.]*/results.json"))  # .NAME.new is not finished
+        if not paths:
+            common.warn(f"{folder}: no finished stage there")
+        for path in paths:
             if path not in found:
                 with reading(path, "is it of a finished run of this project? Run its stage again"):
                     found[path] = check(make_record(path))
             if path.parent == folder or not one_stage:
                 shown[path] = found[path]
     if not shown:
-        raise BadInput(f"{folders[0]}: no finished run there (RUN/NAME/results.json)")
+        raise BadInput(f"{folders[0]}: no finished run there (no RUN/NAME/results.json)")
     shorten(found.values(), "source", 2)
     shorten(found.values(), "run", 1)
     return list(found.values()), list(shown.values())
@@ -123,7 +127,11 @@ def make_record(path):
     record = {"run": str(path.parents[1]), "name": path.parent.name, "stage": result["stage"]}
     record["source"] = source if source == "synthetic" else str(Path(source).resolve())
     record |= {"arch": origin["arch"], "unit": result.get("unit", "")}
-    record |= {"commit": (about["commit"] or "")[:7], "seed": about["args"]["seed"], "settings": {}}
+    record |= {
+        "commit": (about.get("commit") or "")[:7],
+        "seed": about["args"]["seed"],
+        "settings": {},
+    }
     for key, value in about["args"].items():
         is_path = isinstance(value, str) and os.sep in value  # of --weights FILE the name will do
         if key not in PLACES:
@@ -176,9 +184,10 @@ def check(record):
     """The record itself. What is missing or odd in it raises here, where its file is known."""
     if record["stage"] not in STAGES:
         raise ValueError(f"stage {record['stage']!r}")
-    identity(record), warn_of_differences([record])
-    for make in TABLES.values():
-        list(make([record], [record]))
+    identity(record)
+    warn_of_differences([record])
+    for block in TABLES:
+        list(tables(block, [record], [record]))
     for split, report in record["reports"].items():
         accuracies = [report[key] for key in ACCURACIES]
         if not all(0 <= accuracy <= 1 for accuracy in accuracies):
@@ -202,11 +211,14 @@ def read_store(path):
 
 def warn_of_differences(records):
     """Runs of one name are averaged, so they should differ in the seed alone."""
-    for (*_, name), runs in grouped(records, "source", "arch", "unit", "name").items():
-        settings = [{**run["settings"], "start": run.get("start", [""])[0]} for run in runs]
+    named = {}
+    for run in records:
+        settings = {**run["settings"], "start": run.get("start", [""])[0]}
+        named.setdefault((data_of(run), run["unit"], run["name"]), []).append(settings)
+    for (*_, name), of_name in named.items():
         differ = []
-        for key in dict.fromkeys(key for values in settings for key in values):
-            if len({json.dumps(values.get(key)) for values in settings}) > 1:
+        for key in dict.fromkeys(key for settings in of_name for key in settings):
+            if len({json.dumps(settings.get(key)) for settings in of_name}) > 1:
                 differ.append(key)
         if differ:
             common.warn(f"the runs called {name} differ in more than the seed: {', '.join(differ)}")
@@ -232,124 +244,106 @@ def cell(values, sign=""):
     return f"{np.mean(values):{sign}.1f}{spread} ({len(values)})"
 
 
-def interval(values):
-    """The 95 % t-interval of the mean."""
+def signed(values):
+    return cell(values, "+")
+
+
+def with_interval(values):
+    """Of differences, with the 95 % t-interval of their mean."""
     if len(values) < 2:
-        return "-"
+        return signed(values)
     half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"[{np.mean(values) - half:+.1f}, {np.mean(values) + half:+.1f}]"
+    return f"{signed(values)} [{np.mean(values) - half:+.1f}, {np.mean(values) + half:+.1f}]"
 
 
-def grouped(records, *keys):
-    """{values of the keys: records}, in order of appearance."""
-    found = {}
-    for record in records:
-        found.setdefault(tuple(record[key] for key in keys), []).append(record)
-    return found
+# ---- what is averaged: (data set and network, row, column, value) one by one ----
 
 
-def by_data(records, *stages):
-    """{(data set, network): records} of these stages."""
-    return grouped([r for r in records if r["stage"] in stages], "source", "arch")
+def data_of(run):
+    return f"{run['source']}, {run['arch']}"
+
+
+def of_stage(runs, stage):
+    return [run for run in runs if run["stage"] == stage]
 
 
 def worst(run, split="test"):
     return 100 * run["reports"][split]["acc_worst"]
 
 
-def budget(run):
-    """What a fine-tuning and its control have in common."""
-    settings = [run["settings"][key] for key in BUDGET]
-    return json.dumps([run["run"], run["start"], run["seed"], settings])
+def accuracies(shown, *_):
+    rows = {}  # what counts once: (run, row, split)
+    for run in of_stage(shown, "erm"):
+        rows[identity(run)] = run, "ERM, selected epoch", "test"
+    for run in of_stage(shown, "finetune"):
+        once = json.dumps([data_of(run), run["run"], run["start"]])
+        rows[once] = run, f"before: {run['start'][0]}", "before"
+    for run in of_stage(shown, "finetune"):
+        rows[identity(run)] = run, run["name"], "test"
+    for run, row, split in rows.values():
+        for key, column in ACCURACIES.items():
+            yield data_of(run), row, column, 100 * run["reports"][split][key]
 
 
-# ---- tables: what each yields is (title, header, rows), a row with its name in front ----
+def differences(shown, found, _):
+    def budget(run):  # what a fine-tuning and its control have in common
+        settings = [run["settings"][key] for key in BUDGET]
+        return json.dumps([data_of(run), run["run"], run["start"], run["seed"], settings])
+
+    tuned, continued = of_stage(shown, "finetune"), {}
+    for run in of_stage(found, "finetune"):
+        if run["settings"]["method"] == "erm":
+            continued[budget(run)] = worst(run)
+    for run in tuned:
+        yield data_of(run), run["name"], "minus before", worst(run) - worst(run, "before")
+    for run in tuned:
+        if run["settings"]["method"] != "erm" and budget(run) in continued:
+            gain = worst(run) - continued[budget(run)]
+            yield data_of(run), run["name"], "minus ERM continued", gain
 
 
-def accuracy_tables(shown, _):
-    for data, runs in by_data(shown, "erm", "finetune").items():
-        found = []  # name, what counts once, report
-        for run in runs:
-            if run["stage"] == "erm":
-                found.append(("ERM, selected epoch", identity(run), run["reports"]["test"]))
-        tuned = [run for run in runs if run["stage"] == "finetune"]
-        for run in tuned:
-            once = json.dumps([run["run"], run["start"]])
-            found.append((f"before: {run['start'][0]}", once, run["reports"]["before"]))
-        for run in tuned:
-            found.append((run["name"], identity(run), run["reports"]["test"]))
-        rows, table = {}, []
-        for name, once, report in found:
-            rows.setdefault(name, {})[once] = report
-        for name, reports in rows.items():
-            columns = [[100 * r[key] for r in reports.values()] for key in ACCURACIES]
-            table.append([name, *map(cell, columns)])
-        heading = f"{', '.join(data)}: test accuracy in %, mean +- sd (n)"
-        yield heading, ["", *ACCURACIES.values()], table
+def erm_groups(shown, *_):
+    for run in of_stage(shown, "erm"):
+        for split in common.SPLITS:
+            report = run["reports"][split]
+            for group, n, correct in zip(run["groups"], report["n"], report["correct"]):
+                if n:
+                    yield data_of(run), group, split, 100 * correct / n
 
 
-def difference_tables(shown, found):
-    for data, runs in by_data(shown, "finetune").items():
-        continued, table = {}, []
-        for run in by_data(found, "finetune")[data]:
-            if run["settings"]["method"] == "erm":
-                continued[budget(run)] = worst(run)
-        for (name,), of_name in grouped(runs, "name").items():
-            from_before = [worst(run) - worst(run, "before") for run in of_name]
-            from_erm = []
-            for run in of_name:
-                if run["settings"]["method"] != "erm" and budget(run) in continued:
-                    from_erm.append(worst(run) - continued[budget(run)])
-            row = [name, cell(from_before, "+"), interval(from_before)]
-            table.append([*row, cell(from_erm, "+"), interval(from_erm)])
-        header = ["", "minus before", "95 % interval", "minus ERM continued", "95 % interval"]
-        yield f"{', '.join(data)}: differences in test worst-group accuracy, points", header, table
+def table_lines(shown, _, stage):
+    for run in of_stage(shown, stage):
+        of = f"{data_of(run)}, {run['unit']}s" if run["unit"] else data_of(run)
+        for line, cells in run["lines"].items():
+            for column, (value, *_) in cells.items():
+                yield of, line, column, value
 
 
-def group_tables(shown, _):
-    for data, runs in by_data(shown, "erm").items():
-        rows = {}  # {group: {split: accuracies}}
-        for run in runs:
-            for j, group in enumerate(run["groups"]):
-                row = rows.setdefault(group, {split: [] for split in common.SPLITS})
-                for split, accuracies in row.items():
-                    n, correct = (run["reports"][split][key][j] for key in ("n", "correct"))
-                    accuracies += [100 * correct / n] if n else []
-        table = [[group, *map(cell, row.values())] for group, row in rows.items()]
-        heading = f"{', '.join(data)}: ERM, selected epoch, accuracy in %"
-        yield heading, ["group", *common.SPLITS], table
+# ---- tables and Figure 6 ----
 
-
-def line_tables(stage, what, sign):
-    def make(shown, _):
-        kinds = grouped([r for r in shown if r["stage"] == stage], "source", "arch", "unit")
-        for kind, runs in kinds.items():
-            rows, columns = {}, {}  # {line: {column: values}}, and a set that keeps its order
-            for run in runs:
-                for line, values in run["lines"].items():
-                    row = rows.setdefault(line, {})
-                    for column, (value, *_) in values.items():
-                        columns[column] = None
-                        row.setdefault(column, []).append(value)
-            table = []
-            for line, row in rows.items():
-                table.append([line, *(cell(row.get(column), sign) for column in columns)])
-            yield f"{', '.join(filter(None, kind))}: {what}", ["", *columns], table
-
-    return make
-
-
-CHANGE = "change in accuracy, points, of each group under the neurons selected by it"
-THIRDS = "where the minorities' change lies, % of its absolute sum over layers"
-FOCUS = "focus of Grad-CAM on the object, after minus before, points"
-TABLES = {
-    "wga": accuracy_tables,
-    "differences": difference_tables,
-    "groups": group_tables,
-    "trace": line_tables("trace", CHANGE, "+"),
-    "structured": line_tables("structured", THIRDS, ""),
-    "gradcam": line_tables("gradcam", FOCUS, "+"),
+TABLES = {  # what is averaged, how its mean is written, what it is
+    "wga": (accuracies, cell, "test accuracy in %, mean +- sd (n)"),
+    "differences": (differences, with_interval, "gain in test worst-group accuracy in points"),
+    "groups": (erm_groups, cell, "accuracy of ERM at the selected epoch in %"),
+    "trace": (table_lines, signed, "change in accuracy in points"),
+    "structured": (table_lines, cell, "where the minorities' change lies, % of its absolute sum"),
+    "gradcam": (table_lines, signed, "focus on the object, after minus before, points"),
 }
+
+
+def tables(block, shown, found):
+    """Tables of a block, one a data set and network: (heading, header, rows of text)."""
+    entries, form, what = TABLES[block]
+    by_data = {}
+    for data, row, column, value in entries(shown, found, block):
+        rows, columns = by_data.setdefault(data, ({}, {}))
+        columns[column] = None  # a set that keeps its order
+        rows.setdefault(row, {}).setdefault(column, []).append(value)
+    for data, (rows, columns) in by_data.items():
+        body = []
+        for row, values in rows.items():
+            body.append([row, *(form(values.get(column, [])) for column in columns)])
+        yield f"{data}: {what}", ["", *columns], body
 
 
 def print_table(heading, header, rows):
@@ -364,13 +358,14 @@ def with_tables(page, records):
     """The text of the page, the tables between its markers made anew."""
 
     def fill(marker):
-        parts = [f"<!-- numbers: {marker[1]} -->\n"]
-        for heading, header, rows in TABLES[marker[1]](records, records):
+        parts = []
+        for heading, header, rows in tables(marker[1], records, records):
             lines = [f"{heading}:", ""]
             for row in [header, ["---"] * len(header), *rows]:
                 lines.append(f"| {' | '.join(row)} |".replace("*", r"\*"))
             parts.append("\n".join([*lines, ""]))
-        return "\n".join([*parts, "<!-- end -->"])
+        made = "\n".join(parts) or "No run yet.\n"
+        return f"<!-- numbers: {marker[1]} -->\n\n{made}\n<!-- end -->"
 
     advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
     with reading(page, advice):
@@ -384,29 +379,33 @@ def with_tables(page, records):
 def plot(records, path):
     """Figure 6: test worst-group accuracy before and after every fine-tuning, a panel a data set;
     bars: mean, whiskers: standard deviation, dots: single runs."""
-    panels = {data: grouped(runs, "name") for data, runs in by_data(records, "finetune").items()}
+    panels = {}
+    for run in of_stage(records, "finetune"):
+        panels.setdefault(data_of(run), {}).setdefault(run["name"], []).append(run)
     if not panels:
         return print("\nno fine-tuning run, so no Figure 6")
     widths = [0.6 + len(names) for names in panels.values()]
-    fig = Figure(figsize=(1.8 + 0.75 * sum(widths), 4), layout="constrained")
+    fig = Figure(figsize=(max(4, 1.8 + 0.75 * sum(widths)), 4), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
-    styles = {"before": (-0.2, {"color": "0.85"}), "test": (0.2, {"color": "0.5"})}
+    whisker = {"lw": 0.9, "capsize": 3}
     for ax, (data, names) in zip(axes, panels.items()):
         for i, runs in enumerate(names.values()):
-            for split, (offset, style) in styles.items():
+            for split, x, colour in (("before", i - 0.2, "0.85"), ("test", i + 0.2, "0.5")):
                 values = [worst(run, split) for run in runs]
                 spread = np.std(values, ddof=1) if len(values) > 1 else None
-                label = {"before": "before", "test": "after"}[split] if i == 0 else None
-                style = {**style, "edgecolor": "black", "lw": 0.5, "error_kw": {"capsize": 3}}
-                ax.bar(i + offset, np.mean(values), 0.4, yerr=spread, label=label, **style)
-                ax.plot([i + offset] * len(values), values, "o", color="black", mfc="white", ms=3.5)
+                style = {"color": colour, "edgecolor": "black", "lw": 0.5}
+                label = None if i else {"before": "before", "test": "after"}[split]
+                ax.bar(x, np.mean(values), 0.4, yerr=spread, error_kw=whisker, label=label, **style)
+                ax.plot([x] * len(values), values, "o", color="black", mfc="white", ms=3.5)
         ticks = [name.removeprefix("finetune-") for name in names]
         ax.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=8)
-        ax.set_title(", ".join(data), fontsize=9)
+        ax.set_title(data, fontsize=9)
         ax.grid(axis="y", color="0.92")
         ax.set_axisbelow(True)
     axes[0].set_ylabel("test worst-group accuracy (%)")
-    axes[0].legend(fontsize=8)
+    handles = axes[0].get_legend_handles_labels()
+    fig.legend(*handles, loc="outside lower center", ncols=2, fontsize=8)
+    fig.suptitle("Mean, standard deviation and single runs", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     common.save_figure(fig, path)
     print(f"\nwrote {path}")

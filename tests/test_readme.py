@@ -27,7 +27,7 @@ arguments=$(printf '%s\\037' "$@")
 printf '%s\\037%s\\036' "${0##*/}" "$arguments" >> "$RECORD"
 """
 SBATCH = """#!/bin/sh
-# Runs an array job here: --array=1-N --gpus=1 --requeue --wrap COMMAND
+# Runs an array job here: --array=1-N --requeue --open-mode=append --wrap COMMAND
 for i in $(seq 1 "${1#--array=1-}"); do SLURM_ARRAY_TASK_ID=$i sh -c "$5"; done
 """
 

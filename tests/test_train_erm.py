@@ -1,7 +1,9 @@
-"""train_erm.py as its user runs it: what it writes, that it repeats, resumes, selects and refuses."""
+"""train_erm.py as its user runs it: what it writes, selects, continues and refuses."""
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,268 +11,333 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+import common
 import train_erm
-from common import BadInput, load_model, load_split, predict, read_metadata, summarize
 
-from .conftest import ROOT, assert_refused, run_script, write_celeba, write_table, write_waterbirds
+from .conftest import ROOT, write_table, write_waterbirds
 
-SMALL = ("--arch", "resnet10", "--weights", "none", "--size", "32", "--batch-size", "16", "--lr", "1e-3", "--device", "cpu")
+SMALL = "--arch resnet10 --weights none --size 32 --batch-size 16 --lr 1e-3 --device cpu"
+SMALL += " --epochs 4 --keep-epochs 2 --workers 0"
+FIGURES = {"fig01_group_accuracy.png", "curves.png"}
+FILES = {"args.json", "log.jsonl", "best.pt", "last.pt", "epoch_002.pt", "results.json", *FIGURES}
 
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory):
-    """A small set in Waterbirds' layout."""
     folder = tmp_path_factory.mktemp("birds")
-    write_waterbirds(folder)
+    write_waterbirds(folder)  # 32 training, 16 validation, 20 test images
     return folder
 
 
-def train(birds, run, *more, **options):
-    return run_script("train_erm.py", "--data", birds, "--run", run, "--cache", birds / "cache", *SMALL, "--epochs", "3",
-                      "--keep-epochs", "2", *more, **options)
+def flags(data, run, *more):
+    return [str(flag) for flag in ("--data", data, "--run", run, *SMALL.split(), *more)]
 
 
-def read(folder, name="results.json"):
-    return json.loads((folder / "erm" / name).read_text())
+def train(data, run, *more):
+    train_erm.main(train_erm.parse_args(flags(data, run, *more)))
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Signals stay with pytest; figures, which take most of the time, are drawn in one test."""
+    monkeypatch.setattr(common, "STOP_SIGNALS", [])
+    monkeypatch.setattr(common, "save_figure", lambda fig, path: path.touch())
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Run stage 1 as its script does and return the one line in which it ends."""
+
+    def run(data, folder, *more):
+        with pytest.raises(SystemExit, match="2"), common.script(folder / "erm"):
+            train(data, folder, *more)
+        lines = [t for t in capsys.readouterr().err.splitlines() if not t.startswith("warning:")]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def read(run, name="results.json"):
+    return json.loads((run / "erm" / name).read_text())
+
+
+def log_of(run):
+    """log.jsonl, which says what last.pt says, without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "erm/log.jsonl").read_text().splitlines()]
+    assert rows == common.load_checkpoint(run / "erm/last.pt")["log"]
+    return [{**row, "seconds": 0} for row in rows]
+
+
+def assert_same(run, whole):
+    """Both runs ended alike, bit for bit, and nothing else is left."""
+    assert {*run.rglob("*")} == {run / "erm", *(run / "erm" / name for name in FILES)}
+    assert read(run) == read(whole) and log_of(run) == log_of(whole)
+    for name in ("best.pt", "last.pt", "epoch_002.pt"):
+        one, two = (common.load_checkpoint(r / "erm" / name)["model"] for r in (run, whole))
+        assert all(torch.equal(one[key], two[key]) for key in two)
 
 
 @pytest.fixture(scope="module")
-def finished(birds):
-    process = train(birds, birds / "run")
-    return birds / "run", process
-
-
-def test_run_folder(finished, birds):
-    run, process = finished
-    assert {p.name for p in (run / "erm").iterdir()} == {"args.json", "log.jsonl", "best.pt", "last.pt", "epoch_002.pt", "results.json",
-                                                         "fig01_group_accuracy.png", "curves.png"}
-    settings, results = read(run, "args.json"), read(run)
-    assert settings["args"]["lr"] == 1e-3 and settings["args"]["augment"] == "table1" and settings["args"]["keep_epochs"] == [2]
-    assert "train_erm.py --data" in settings["command"] and settings["torch"] == torch.__version__
-    assert results["stage"] == "erm" and set(results["splits"]) == {"train", "val", "test"} == set(results["last"])
-    assert [g["n"] for g in results["splits"]["test"]["groups"]] == [6, 5, 4, 5]
-    log = [json.loads(line) for line in (run / "erm" / "log.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in log] == [1, 2, 3] and {"loss", "lr", "seconds", "train", "val"} <= log[0].keys()
-    scores = [row["val"]["acc_worst"] for row in log]
-    assert results["selected_epoch"] == 1 + scores.index(max(scores))  # the highest, and the first of equals
-    for name in ("fig01_group_accuracy.png", "curves.png"):
-        with Image.open(run / "erm" / name) as image:
-            assert image.width > 500 and len(image.convert("L").getcolors(1 << 20)) > 20
-    out = process.stdout
-    assert "epoch 3/3 loss" in out and "1 landbird on water*" in out and out.count("<") == 4  # three splits and the legend
-    assert "\r" not in process.stderr  # no progress bar where nobody looks
-
-
-def test_checkpoints_describe_themselves(finished, birds):
-    """The stored counts are those of the stored weights on data loaded from the checkpoint alone."""
-    run, _ = finished
-    for name, epoch in (("best.pt", read(run)["selected_epoch"]), ("epoch_002.pt", 2), ("last.pt", 3)):
-        model, checkpoint = load_model(run / "erm" / name)
-        assert checkpoint["epoch"] == epoch and checkpoint["arch"] == "resnet10"
-        meta = read_metadata(checkpoint["data"]["data"], checkpoint["data"]["attributes"])
-        split = load_split(meta, "val", checkpoint["size"], birds / "cache")
-        correct = predict(model, split, checkpoint["size"]).argmax(1) == split.y
-        assert [int(correct[split.g == j].sum()) for j in range(4)] == [g["correct"] for g in checkpoint["metrics"]["val"]["groups"]]
-    log = (run / "erm" / "log.jsonl").read_text().splitlines()
-    assert json.loads(log[1])["val"] == load_model(run / "erm" / "epoch_002.pt")[1]["metrics"]["val"]
-
-
-def test_seeds(finished, birds):
-    run, _ = finished
-    train(birds, birds / "same")
-    train(birds, birds / "other", "--seed", "1")
-    assert read(birds / "same") == read(run)
-    assert read(birds / "other") != read(run)
-    logs = [[json.loads(line)["loss"] for line in (birds / name / "erm/log.jsonl").read_text().splitlines()] for name in ("run", "same", "other")]
-    assert logs[0] == logs[1] != logs[2]
-
-
-def test_resume_after_a_kill_is_bit_for_bit(birds, tmp_path):
-    """Killed in the middle of an epoch, continued, and compared with a run that was left alone."""
-    options = ["train_erm.py", "--data", str(birds), "--cache", str(birds / "cache"), *SMALL, "--epochs", "6", "--keep-epochs", "2"]
-    run_script(*options, "--run", tmp_path / "alone")
-    victim = subprocess.Popen([sys.executable, *options, "--run", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # as run_script does: sums depend on the number of threads
-    for line in victim.stdout:
-        if line.startswith("epoch 2/"):
-            time.sleep(0.05)  # now in the steps of epoch 3
-            victim.send_signal(signal.SIGKILL)
-            break
-    victim.wait()
-    assert victim.returncode == -signal.SIGKILL and not (tmp_path / "killed/erm/results.json").exists()
-    assert_refused(run_script(*options, "--run", tmp_path / "killed", check=False), "interrupted run", "--resume", "--overwrite")
-    run_script(*options, "--run", tmp_path / "killed", "--resume")
-    assert read(tmp_path / "killed") == read(tmp_path / "alone")
-    for name in ("best.pt", "last.pt", "epoch_002.pt"):
-        a, b = (torch.load(tmp_path / run / "erm" / name, weights_only=True) for run in ("alone", "killed"))
-        assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-        if name == "last.pt":
-            assert torch.equal(a["rng"], b["rng"]) and a["scheduler"] == b["scheduler"] and a["best"] == b["best"]
-            for key, state in a["optimizer"]["state"].items():
-                assert all(torch.equal(state[k], b["optimizer"]["state"][key][k]) for k in state)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "erm/log.jsonl").read_text().splitlines()] for run in ("alone", "killed")]
-    assert losses[0] == losses[1]
-
-
-def test_resume_may_add_epochs(finished, birds):
-    run = birds / "longer"
+def whole(birds, tmp_path_factory):
+    """A run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole")
     train(birds, run)
-    assert_refused(train(birds, run, "--epochs", "4", check=False), "epochs 3, now 4")
-    train(birds, run, "--epochs", "4", "--resume")
-    train(birds, birds / "four", "--epochs", "4")
-    assert read(run) == read(birds / "four")
+    return run
 
 
-def test_a_finished_run_is_not_spoilt(finished, birds):
-    run, first = finished
-    stamp = (run / "erm/best.pt").stat().st_mtime_ns
-    again = train(birds, run)
-    assert "is finished" in again.stdout and again.stdout.splitlines()[-9:] == first.stdout.splitlines()[-10:-1]
-    assert_refused(train(birds, run, "--lr", "0.5", check=False), "other settings", "lr 0.001, now 0.5", "--overwrite", "another --run")
-    assert (run / "erm/best.pt").stat().st_mtime_ns == stamp
-    train(birds, birds / "again")
-    train(birds, birds / "again", "--lr", "2e-3", "--overwrite")
-    assert read(birds / "again", "args.json")["args"]["lr"] == 2e-3
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("select", ["last", "val-mean"])
-def test_selection(birds, tmp_path, select):
-    train(birds, tmp_path, "--select", select)
-    log = [json.loads(line) for line in (tmp_path / "erm/log.jsonl").read_text().splitlines()]
-    scores = [row["epoch"] if select == "last" else row["val"]["acc_mean"] for row in log]
+# ---- what a run writes ----
+
+
+def test_run_folder(whole):
+    log, results = log_of(whole), read(whole)
+    assert {path.name for path in (whole / "erm").iterdir()} == FILES
+    assert [row["epoch"] for row in log] == [1, 2, 3, 4] and results["stage"] == "erm"
+    for key, epoch in (("splits", results["selected_epoch"]), ("last", 4)):
+        assert list(results[key]) == ["train", "val", "test"]
+        assert (
+            results[key].items()
+            >= {name: log[epoch - 1][name] for name in ("train", "val")}.items()
+        )
+        model, saved, table = common.reopen(
+            whole / "erm" / f"{'best' if key == 'splits' else key}.pt"
+        )
+        images = common.make_loader(common.open_split(saved, table, "test"))
+        assert common.evaluate(model, images, table.groups) == results[key]["test"]
+    row = results["splits"]["test"]["groups"][2]
+    assert list(row) == ["group", "name", "n", "correct", "acc", "minority"]
+    assert (row["name"], row["n"], row["minority"]) == ("waterbird on land", 4, True)
+    assert list(results["splits"]["test"])[1:] == [
+        "worst_group",
+        "acc_worst",
+        "acc_mean",
+        "acc_mean_train_mix",
+    ]
+    for name in FIGURES:
+        with Image.open(whole / "erm" / name) as image:
+            assert image.width > 500 and len(image.convert("L").getcolors(1 << 20)) > 20
+
+
+@pytest.mark.parametrize("rule", ["val-wga", "val-mean", "last"])
+def test_selection(birds, whole, tmp_path, rule):
+    """The first epoch of the highest score; the test split is read after all epochs."""
+    evaluated, evaluate = [], common.evaluate
+
+    def spy(model, batches, groups):
+        evaluated.append(len(batches.dataset))
+        return evaluate(model, batches, groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "evaluate", spy)
+        train(birds, tmp_path, "--select", rule)
+    assert evaluated == [32, 16] * 4 + [20, 20] and log_of(tmp_path) == log_of(whole)
+    key = {"val-wga": "acc_worst", "val-mean": "acc_mean"}.get(rule)
+    scores = [row["val"][key] if key else row["epoch"] for row in log_of(whole)]
+    assert len(set(scores)) > 1
     assert read(tmp_path)["selected_epoch"] == 1 + scores.index(max(scores))
+    assert common.load_checkpoint(tmp_path / "erm/best.pt")["epoch"] == 1 + scores.index(
+        max(scores)
+    )
 
 
-def test_test_images_are_evaluated_once_an_epoch(birds, tmp_path, monkeypatch):
-    """Twice where the selected epoch is not the last one, once where it is."""
-    evaluated, evaluate = [], train_erm.evaluate
-    def counting(model, split, *more):
-        evaluated.append(len(split.y))
-        return evaluate(model, split, *more)
-    monkeypatch.setattr(train_erm, "evaluate", counting)
-    for select in ("last", "val-wga"):
-        monkeypatch.setattr(sys, "argv", ["train_erm.py", "--data", str(birds), "--run", str(tmp_path / select), "--epochs", "2",
-                                          "--cache", str(birds / "cache"), *SMALL, "--select", select])
-        evaluated.clear()
-        train_erm.main()
-        results = read(tmp_path / select)
-        assert evaluated.count(20) == (1 if results["selected_epoch"] == 2 else 2)  # 20 test images
-        assert (results["splits"] == results["last"]) == (results["selected_epoch"] == 2)
+@pytest.mark.parametrize("head", ["linear", "softmax"])
+def test_steps_by_hand(birds, tmp_path, head):
+    """An epoch of two steps of Adam, as Kingma and Ba (2015) write it."""
+    train(birds, tmp_path, "--epochs", 1, "--augment", "crop-flip", "--head", head, "--seed", 3)
+    saved, table = common.load_checkpoint(tmp_path / "erm/last.pt"), common.read_table(birds)
+    torch.manual_seed(3)
+    model = common.build_model("resnet10", 2, 32).train().to(memory_format=torch.channels_last)
+    images = common.open_split(saved, table, "train", "crop-flip", seed=3)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(common.seed_of(3, 1)))
+    mean, square = ([torch.zeros_like(p) for p in model.parameters()] for _ in range(2))
+    losses = []
+    for t, batch in enumerate(order.view(2, 16).tolist(), 1):
+        logits = model(torch.stack([images[1, i][0] for i in batch]))
+        logits = logits.softmax(1) if head == "softmax" else logits
+        losses.append(F.cross_entropy(logits, images.y[batch]))
+        gradients = torch.autograd.grad(losses[-1], list(model.parameters()))
+        for p, g, m, v in zip(model.parameters(), gradients, mean, square):
+            m.copy_(0.9 * m + 0.1 * g)
+            v.copy_(0.999 * v + 0.001 * g * g)
+            p.data -= 1e-3 * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    assert log_of(tmp_path)[0]["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value, saved["model"][key], atol=3e-5), key
 
 
-def test_softmax_head_confines_the_loss(birds, tmp_path):
-    """The released code's head: with two classes the loss cannot leave [0.3133, 1.3133]."""
-    train(birds, tmp_path, "--head", "softmax", "--lr", "1e-2", "--epochs", "8")
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "erm/log.jsonl").read_text().splitlines()]
-    assert all(0.3132 < loss < 1.3134 for loss in losses)
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_last_batch_of_one_image(tmp_path, size):
+    """33 training images: BatchNorm cannot take the last one alone. And a test group is empty."""
+    write_waterbirds(tmp_path, ((13, 5, 4, 11), (1, 1, 1, 1), (1, 1, 0, 1)))
+    train(tmp_path, tmp_path / "run", "--batch-size", size, "--epochs", 1)
+    assert read(tmp_path / "run")["splits"]["test"]["groups"][2]["acc"] is None
 
 
-def test_settings_of_the_paper(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_erm.py"])
-    args = train_erm.parse_args()
-    assert (args.head, args.select, args.run.as_posix()) == ("linear", "val-wga", "runs/synthetic")
-    for kind in ("waterbirds", "celeba", "other"):
-        assert train_erm.DEFAULTS[kind] == dict(arch="resnet50", weights="default", size=224, epochs=100, batch_size=256, lr=1e-4,
-                                                augment="table1", keep_epochs=[30, 40, 50, 60])
+# ---- the same command again ----
 
 
-def test_celeba_runs_too(tmp_path):
-    write_celeba(tmp_path)
-    train(tmp_path, tmp_path / "run", "--epochs", "1")
-    assert [g["name"] for g in read(tmp_path / "run")["splits"]["test"]["groups"]] == [
-        "non-blond woman", "non-blond man", "blond woman", "blond man"]
+def stamps(run):
+    return {path: path.stat().st_mtime_ns for path in (run / "erm").iterdir()}
 
 
-def test_an_empty_test_group_is_left_out(tmp_path):
-    write_waterbirds(tmp_path, ((9, 4, 4, 6), (3, 3, 3, 3), (3, 3, 0, 3)))
-    process = train(tmp_path, tmp_path / "run", "--epochs", "1")
-    assert "no test image in group 2" in process.stderr
-    group = read(tmp_path / "run")["splits"]["test"]["groups"][2]
-    assert (group["n"], group["acc"]) == (0, None)
+def test_a_finished_run_shows_its_table(birds, copy, capsys):
+    before, shown = stamps(copy), set()
+    for data in (birds, f"{birds}/", birds / "metadata.csv", os.path.relpath(birds)):
+        train(data, copy)
+        shown.add(capsys.readouterr().out.partition("is finished")[2])
+    assert stamps(copy) == before and len(shown) == 1 and "\n2 waterbird on land* " in shown.pop()
 
 
-def test_summarize(finished, birds, capsys, monkeypatch):
-    train(birds, birds / "other", "--seed", "1", "--overwrite")
-    monkeypatch.chdir(birds)
-    values = [read(birds / name)["splits"]["test"]["acc_worst"] for name in ("run", "other")]
-    summary = summarize("[ro][ut][nh]*/erm")
-    mean = sum(values) / 2
-    assert summary["worst group"] == pytest.approx((mean, (sum((v - mean) ** 2 for v in values)) ** 0.5, 2))
-    assert "(n = 2)" in capsys.readouterr().out
-    one = summarize(f"{birds}/run/erm", "train")
-    assert one["worst group"][0] == read(birds / "run")["splits"]["train"]["acc_worst"] and one["worst group"][2] == 1
-    with pytest.raises(BadInput, match="no results.json"):
-        summarize("nothing*/erm")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_epochs_extend_a_run(birds, whole, tmp_path, workers):
+    """Also with workers that read the images, which change nothing."""
+    train(birds, tmp_path, "--epochs", 2, "--workers", workers)
+    train(birds, tmp_path, "--workers", workers)
+    assert_same(tmp_path, whole)
 
 
-# ---- bad input: one line, exit code 2, no traceback, nothing half-written
+STEP, SAVE = (torch.optim.Adam, "step", 4), (common, "save_checkpoint", 4)
 
 
-def test_refusals(birds, tmp_path):
-    run = tmp_path / "run"
-    assert_refused(train(tmp_path / "nowhere", run, check=False), "no such file or folder")
-    table = write_waterbirds(tmp_path / "bad")
-    table[3][2] = "-1"
-    write_table(tmp_path / "bad", table)
-    assert_refused(train(tmp_path / "bad", run, check=False), "metadata.csv row 4", "map -1/1 to 0/1")
-    assert_refused(train(birds, run, "--weights", birds / "metadata.csv", check=False), "metadata.csv: not a readable state dict")
-    assert_refused(train(birds, run, "--arch", "resnet51", check=False), "neither torchvision nor timm")
-    assert_refused(train(birds, run, "--arch", "resnet18", "--weights", "default", check=False, TORCH_HOME=str(tmp_path)),
-                   "cannot fetch https://", "resnet18-f37072fd.pth", "--weights FILE", "--weights none")
-    assert not run.exists()
-    process = train(birds, run, "--epoch", "3", check=False)  # an abbreviation would break when flags are added
-    assert process.returncode == 2 and "unrecognized arguments" in process.stderr
-    for flag, value in (("--epochs", "0"), ("--batch-size", "-1"), ("--lr", "nan"), ("--size", "0"), ("--device", "gpu")):
-        assert_refused(train(birds, run, flag, value, check=False), f"{flag} {value}")
-    assert not run.exists()
+@pytest.mark.parametrize("place,name,call", [STEP, SAVE, (train_erm, "plot_curves", 1)])
+def test_interrupted_runs_continue(birds, whole, tmp_path, place, name, call):
+    """In a step of epoch 2, between its checkpoints, and in front of the last figure."""
+    calls, function = [], getattr(place, name)
+
+    def breaks(*arguments, **fields):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments, **fields)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place, name, breaks)
+        train(birds, tmp_path)
+    assert not (tmp_path / "erm/results.json").exists()
+    (tmp_path / "erm/.last.pt.new").write_bytes(b"half")  # as a kill leaves them
+    (tmp_path / ".erm.new").mkdir()
+    train(birds, tmp_path)
+    assert_same(tmp_path, whole)
 
 
-def test_an_image_that_breaks_is_found_before_training(birds, tmp_path):
+def start(birds, run, word):
+    """A process of its own, which has just printed a line that begins with this word."""
+    numbers = (signal.SIGINT, signal.SIGHUP)  # which shells may ignore in the background
+    process = subprocess.Popen(
+        [sys.executable, "-u", "train_erm.py", *flags(birds, run)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in numbers],  # noqa: PLW1509
+    )
+    assert any(line.startswith(word) for line in process.stdout), process.stderr.read()
+    return process
+
+
+def test_signals(birds, whole, tmp_path):
+    for name, word in (("SIGTERM", "epoch"), ("SIGHUP", "run="), ("SIGINT", "epoch")):
+        process = start(birds, tmp_path, word)
+        process.send_signal(signal.Signals[name])
+        lines = process.communicate()[1].splitlines()
+        told = [line for line in lines if line and not line.startswith("warning:")]
+        assert len(told) == 1 and f"stopped by {name}; the same command continues" in told[0]
+        assert process.returncode == {"SIGTERM": 143, "SIGHUP": 129, "SIGINT": 130}[name]
+    train(birds, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def test_one_process_a_folder_until_it_is_killed(birds, whole, tmp_path, monkeypatch, refuse):
+    lock = common.filelock.FileLock
+    monkeypatch.setattr(common.filelock, "FileLock", lambda path, timeout: lock(path, 0.1))
+    process = start(birds, tmp_path, "epoch")
+    time.sleep(0.2 * random.random())
+    process.send_signal(signal.SIGSTOP)
+    assert f"in use by process {process.pid} on " in refuse(birds, tmp_path)
+    process.kill()
+    process.communicate()
+    with common.script(tmp_path / "erm"):
+        train(birds, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def test_a_reader_that_leaves(birds, copy):
+    command = f"{sys.executable} -u train_erm.py {' '.join(flags(birds, copy))} | head -1"
+    call = ["bash", "-c", f"set -o pipefail; {command}"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 141 and done.stdout.startswith("run=")
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+# ---- refused in one line, and the old run still stands ----
+
+IMPOSSIBLE = "--lr inf,--lr nan,--epochs 0,--size 0,--batch-size 0,--batch-size 1,--seed -1"
+IMPOSSIBLE += ",--seed 4294967296,--workers -1,--difficulty -1.0,--device gpu,--arch resnet51"
+OTHER = {"--lr 2e-3": "lr 0.001, now 0.002", "--epochs 3": "epochs 4, now 3"}
+OTHER |= {"--seed 1 --augment none": "augment table1, now none; seed 0, now 1"}
+OTHER |= {f"--overwrite {flag}": f"error: {flag}" for flag in IMPOSSIBLE.split(",")}
+
+
+@pytest.mark.parametrize("more,words", OTHER.items())
+def test_refused_settings(birds, copy, refuse, more, words):
+    before = stamps(copy)
+    assert words in refuse(birds, copy, *more.split())
+    assert stamps(copy) == before
+
+
+def test_overwrite_and_divergence(birds, copy, refuse):
+    assert "diverged in epoch 1; try" in refuse(birds, copy, "--lr", 1e30, "--overwrite")
+    assert read(copy, "args.json")["args"]["lr"] == 1e30 and len([*stamps(copy)]) == 1
+
+
+def test_labels_that_change_in_between(tmp_path, refuse):
     table = write_waterbirds(tmp_path)
-    last = tmp_path / table[-1][1]  # of the test split, which is only read at the end
-    last.write_bytes(last.read_bytes()[:200])
-    assert_refused(train(tmp_path, tmp_path / "run", check=False), "1 of 20 images cannot be decoded", last.name)
-    assert not (tmp_path / "run").exists()
+    train(tmp_path, tmp_path / "run", "--epochs", 1)
+    table[1][2], table[25][2] = table[25][2], table[1][2]
+    write_table(tmp_path, table)
+    assert "the data changed" in refuse(tmp_path, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite(birds, tmp_path):
-    train(birds, tmp_path, "--epochs", "1")
-    args = json.loads((tmp_path / "erm/args.json").read_text())
-    last = torch.load(tmp_path / "erm/last.pt", weights_only=True)
-    last["optimizer"]["param_groups"][0]["lr"] = 1e30  # as if --lr had been far too large
-    torch.save(last, tmp_path / "erm/last.pt")
-    before = (tmp_path / "erm/last.pt").read_bytes()
-    process = train(birds, tmp_path, "--epochs", "3", "--resume", check=False)
-    assert_refused(process, "training diverged in epoch 2", "last.pt holds epoch 1", "smaller --lr")
-    assert (tmp_path / "erm/last.pt").read_bytes() == before and args["args"]["epochs"] == 1
+def test_folders_that_are_not_ours(birds, copy, refuse):
+    note = copy / "erm/notes.txt"
+    note.write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert f"{note} is not of this stage" in refuse(birds, copy, *more)
+    assert note.read_text() == "mine" and len(stamps(copy)) == 1 + len(FILES)
+    assert f"{note}: File exists" in refuse(birds, note)
 
 
-def test_interrupt_says_how_to_go_on(birds, tmp_path):
-    options = [sys.executable, "train_erm.py", "--data", str(birds), "--cache", str(birds / "cache"), *SMALL, "--epochs", "500", "--run", str(tmp_path)]
-    process = subprocess.Popen(options, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate()
-    assert process.returncode == 130 and "--resume continues" in err and "Traceback" not in err
+def test_a_link_is_written_through(birds, whole, tmp_path):
+    for name in ("scratch", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run/erm").symlink_to(tmp_path / "scratch")
+    train(birds, tmp_path / "run")
+    (tmp_path / "run/erm").unlink()
+    (tmp_path / "scratch").rename(tmp_path / "run/erm")
+    assert_same(tmp_path / "run", whole)
 
 
-# ---- the phenomenon
+def cut(data):
+    return data[: len(data) // 2]
 
 
-def test_the_built_in_set_shows_the_gap(tmp_path):
-    """A short run with the defaults: minority groups are memorised (training far above test accuracy),
-    majority groups are learned (no such gap), and the worst test group is a minority."""
-    run_script("train_erm.py", "--run", tmp_path, "--cache", tmp_path / "cache", "--epochs", "12", "--select", "last", "--device", "cpu",
-               OMP_NUM_THREADS=str(os.cpu_count()))
-    train, test = (read(tmp_path)["splits"][name]["groups"] for name in ("train", "test"))
-    gaps = [100 * (a["acc"] - b["acc"]) for a, b in zip(train, test)]
-    print("gaps in points:", [round(gap, 1) for gap in gaps])
-    assert abs(gaps[0]) < 3 and abs(gaps[3]) < 8
-    assert gaps[2] > 5 and gaps[1] + gaps[2] > max(20, 3 * (gaps[0] + gaps[3]))
-    assert read(tmp_path)["splits"]["test"]["worst_group"] in (1, 2)
+def flip(data):
+    return bytes([*data[:9999], data[9999] ^ 4, *data[10000:]])
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda _: b"", lambda _: b'{"stage": 1}'])
+@pytest.mark.parametrize("name", ["args.json", "last.pt", "results.json"])
+def test_damaged_files(birds, copy, refuse, name, damage):
+    path = copy / "erm" / name
+    if name == "last.pt" or damage is not flip:  # which JSON has no checksum to tell
+        path.write_bytes(damage(path.read_bytes()))
+        assert f"{path}: " in refuse(birds, copy)

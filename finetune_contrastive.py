@@ -248,7 +248,6 @@ def main(args):
         with common.reading(folder / "results.json", "use --overwrite"):
             return print_table(finished)
 
-    # Optimizer, and where an interrupted run left everything
     torch.manual_seed(args.seed)  # of a projection head
     project = projection(model, args.features, start["size"])
     parameters = [*model.parameters(), *project.parameters()]

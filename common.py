@@ -856,9 +856,10 @@ def neuron_masks(model, neurons, unit="channel"):
     for layer, index in neurons:
         chosen.setdefault(layer, []).append(index)
     for layer, indices in chosen.items():
-        mask = torch.ones_like(layers[layer], dtype=torch.bool)
+        weight = layers[layer]
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         (mask if unit == "channel" else mask.view(-1))[indices] = False
-        masks[names[id(layers[layer])]] = mask
+        masks[names[id(weight)]] = mask
     return masks
 
 
@@ -1130,7 +1131,9 @@ def start_or_continue(folder, args, names, **inputs):
     from (None after making an empty folder with args.json), and results.json where that run is
     finished (else None). Raises BadInput where going on would mix two runs."""
     check_folder(folder, names)
-    if args.overwrite or not (folder / "args.json").exists():
+    results = folder / "results.json"
+    begun = results.exists() or any(folder.glob("*.pt"))
+    if args.overwrite or not begun:  # else there is something that would be missed
         replace_folder(new_folder(folder, args, names, **inputs), folder)
         return None, None
     before, now = read_json(folder / "args.json"), plain(args)
@@ -1144,9 +1147,9 @@ def start_or_continue(folder, args, names, **inputs):
     if changed:
         what = f"holds a run with other settings ({'; '.join(changed[:4])})"
         raise BadInput(f"{folder} {what}; use --overwrite or another --run")
-    if not (folder / "last.pt").exists():
+    if not (folder / "last.pt").exists() and not results.exists():
         return None, None
-    last, results = load_checkpoint(folder / "last.pt"), folder / "results.json"
+    last = load_checkpoint(folder / "last.pt")
     if last["epoch"] < now["epochs"]:
         results.unlink(missing_ok=True)
         write_json(folder / "args.json", {**before, "args": now})

@@ -323,7 +323,7 @@ def table_lines(shown, _, stage):
 
 TABLES = {  # what is averaged, how its mean is written, what it is
     "wga": (accuracies, cell, "test accuracy in %, mean +- sd (n)"),
-    "differences": (differences, with_interval, "gain in test worst-group accuracy in points"),
+    "differences": (differences, with_interval, "gain in worst group, points, paired [95 %]"),
     "groups": (erm_groups, cell, "accuracy of ERM at the selected epoch in %"),
     "trace": (table_lines, signed, "change in accuracy in points"),
     "structured": (table_lines, cell, "where the minorities' change lies, % of its absolute sum"),
@@ -355,17 +355,18 @@ def print_table(heading, header, rows):
 
 
 def with_tables(page, records):
-    """The text of the page, the tables between its markers made anew."""
+    """The text of the page, the tables between its markers made anew. A marker names a block and,
+    behind a space, a pattern where not all rows of it shall stand there."""
 
     def fill(marker):
-        parts = []
-        for heading, header, rows in tables(marker[1], records, records):
-            lines = [f"{heading}:", ""]
+        parts, (block, _, pattern) = [], marker[1].partition(" ")
+        for heading, header, rows in tables(block, records, records):
+            lines, rows = [f"{heading}:", ""], [row for row in rows if re.search(pattern, row[0])]
             for row in [header, ["---"] * len(header), *rows]:
                 lines.append(f"| {' | '.join(row)} |".replace("*", r"\*"))
             parts.append("\n".join([*lines, ""]))
         made = "\n".join(parts) or "No run yet.\n"
-        return f"<!-- numbers: {marker[1]} -->\n\n{made}\n<!-- end -->"
+        return f"<!-- numbers: {marker[1]} -->\n{made}\n<!-- end -->"
 
     advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
     with reading(page, advice):

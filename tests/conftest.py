@@ -10,27 +10,31 @@ import pytest
 import torch
 from PIL import Image
 
+import train_erm
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 COUNTS = ((13, 5, 4, 10), (4, 4, 4, 4), (6, 5, 4, 5))  # images per group in train, val, test
+BIRD = "{group:03d}.Bird/Bird_{number:04d}_{number}.jpg"  # as CUB-200-2011 names its files
 
 
 @pytest.fixture
 def real_data():
-    """Folder of real data sets, which only some machines have."""
+    """The folder of real data sets, which only some machines have."""
     if not SHARED.exists():
         pytest.skip(f"real data not found at {SHARED}")
     return SHARED
 
 
-def labelled_rows(counts=COUNTS, pattern="{group:03d}.Bird/Bird_{number:04d}_{number}.jpg"):
+def labelled_rows(counts=COUNTS, pattern=BIRD):
     """(file name, y, a, split) of every image of a small set with four groups."""
     rows = []
     for split, per_group in enumerate(counts):
         for group, n in enumerate(per_group):
             for _ in range(n):
-                rows.append((pattern.format(group=group, number=len(rows) + 1), group // 2, group % 2, split))
+                name = pattern.format(group=group, number=len(rows) + 1)
+                rows.append((name, group // 2, group % 2, split))
     return rows
 
 
@@ -46,51 +50,77 @@ def write_images(folder, rows, size=(40, 32)):
         Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
+def write_table(folder, table, name="metadata.csv"):
+    """Rows of cells, the header first, as a csv."""
+    (folder / name).write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+
+
 def write_waterbirds(folder, counts=COUNTS):
     """Waterbirds' own layout. Returns the rows of metadata.csv as lists of str, header first."""
     rows = labelled_rows(counts)
     write_images(folder, rows)
     table = [["img_id", "img_filename", "y", "split", "place", "place_filename"]]
-    table += [[str(i), name, str(y), str(split), str(a), "/o/ocean/1.jpg"] for i, (name, y, a, split) in enumerate(rows, 1)]
+    for number, (name, y, a, split) in enumerate(rows, 1):
+        table.append([str(number), name, str(y), str(split), str(a), "/o/ocean/1.jpg"])
     write_table(folder, table)
     return table
 
 
-def write_table(folder, table, name="metadata.csv"):
-    (folder / name).write_text("\n".join(",".join(row) for row in table) + "\n")
-
-
-def write_celeba(folder, form="txt", images="img_align_celeba", counts=COUNTS):
-    """CelebA's layout, official (txt) or mirrored (csv, CRLF, no newline at the end); y Blond_Hair, a Male."""
+def write_celeba(folder, form="txt", images="img_align_celeba", lists="", counts=COUNTS):
+    """CelebA's layout, official (txt) or mirrored (csv with CRLF, no newline at the end, the
+    partition in another order); y Blond_Hair, a Male. Returns the rows as labelled_rows does."""
     rows = labelled_rows(counts, "{number:06d}.jpg")
     write_images(folder / images, rows)
-    sign = {0: "-1", 1: "1"}
+    (folder / lists).mkdir(exist_ok=True)
+    labels = [(name, 1 - 2 * y, 2 * y - 1, 2 * a - 1) for name, y, a, _ in rows]
+    parts = [(name, split) for name, _, _, split in rows]
     if form == "txt":
-        lines = [f"{name} {sign[1 - y]:>2s} {sign[y]:>2s} {sign[a]:>2s}" for name, y, a, _ in rows]
-        (folder / "list_attr_celeba.txt").write_text(f"{len(rows)}\nBald Blond_Hair Male \n" + "\n".join(lines) + "\n")
-        (folder / "list_eval_partition.txt").write_text("".join(f"{name} {split}\n" for name, _, _, split in rows))
+        lines = [str(len(rows)), "Bald Blond_Hair Male "]
+        lines += ["{} {:>2d} {:>2d} {:>2d}".format(*row) for row in labels]
+        text = {"attr_celeba": "\n".join(lines) + "\n"}
+        text["eval_partition"] = "".join(f"{name} {split}\n" for name, split in parts)
     else:
-        lines = ["image_id,Bald,Blond_Hair,Male"] + [f"{name},{sign[1 - y]},{sign[y]},{sign[a]}" for name, y, a, _ in rows]
-        (folder / "list_attr_celeba.csv").write_bytes("\r\n".join(lines).encode())
-        lines = ["image_id,partition"] + [f"{name},{split}" for name, _, _, split in reversed(rows)]  # another order
-        (folder / "list_eval_partition.csv").write_bytes("\r\n".join(lines).encode())
+        labels.insert(0, ("image_id", "Bald", "Blond_Hair", "Male"))
+        parts = [("image_id", "partition"), *reversed(parts)]
+        text = {"attr_celeba": "\r\n".join(",".join(map(str, row)) for row in labels)}
+        text["eval_partition"] = "\r\n".join(",".join(map(str, row)) for row in parts)
+    for stem, content in text.items():
+        (folder / lists / f"list_{stem}.{form}").write_bytes(content.encode())
     return rows
 
 
 def run_script(*arguments, check=True, cwd=ROOT, **environment):
-    """Run a script of the project in a process of its own, without a network; returns the finished process."""
-    settings = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # nothing listens there
-    settings["OMP_NUM_THREADS"] = "1"  # the networks are too small to gain from more, and lose much where cores are shared
-    process = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                             env={**os.environ, **settings, **environment})
+    """Run a script in a process of its own, without a network; returns the finished process."""
+    nowhere = "http://127.0.0.1:9"  # nothing listens there
+    settings = {"http_proxy": nowhere, "https_proxy": nowhere, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, **settings, **environment}
+    process = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert not check or process.returncode == 0, process.stderr
     return process
 
 
 def assert_refused(process, *words):
-    """Exit code 2, one line on stderr besides warnings, no traceback, and the words a user needs."""
-    lines = [line for line in process.stderr.splitlines() if line and not line.startswith(("warning:", "Downloading:"))]
+    """Exit code 2, one line on stderr besides warnings, no traceback, the words a user needs."""
+    lines = [x for x in process.stderr.splitlines() if x and not x.startswith("warning: ")]
     assert process.returncode == 2, process.stderr
     assert len(lines) == 1 and "error: " in lines[0], process.stderr
     for word in words:
         assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+SMALL = "--arch test_resnet --weights none --size 32 --batch-size 8 --lr 1e-2 --device cpu --seed 3"
+SMALL += " --epochs 4 --keep-epochs 1 2 --workers 0"
+
+
+@pytest.fixture(scope="session")
+def erm_run(tmp_path_factory):
+    """A folder with Waterbirds-like data (32 training, 16 validation, 20 test images) in data/ and
+    a run folder, run/, in which stage 1 was run on them with the flags SMALL."""
+    folder = tmp_path_factory.mktemp("erm")
+    write_waterbirds(folder / "data")
+    flags = ["--data", str(folder / "data"), "--run", str(folder / "run"), *SMALL.split()]
+    train_erm.main(train_erm.parse_args(flags))
+    return folder

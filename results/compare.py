@@ -120,7 +120,7 @@ def make_record(path):
     """What results.json and args.json of a stage say, as far as it is compared; plain types."""
     result, about = (common.read_json(path.with_name(f"{n}.json")) for n in ("results", "args"))
     origin = result
-    if "source" not in result:  # an ERM run: its checkpoint knows
+    if result["stage"] == "erm" and "source" not in result:  # its checkpoint knows
         checkpoint = common.load_checkpoint(path.with_name("best.pt"))
         origin = {"arch": checkpoint["arch"], "source": checkpoint["data"]["source"]}
     source = origin["source"]
@@ -348,10 +348,10 @@ def tables(block, shown, found):
 
 def print_table(heading, header, rows):
     print(f"\n{heading}")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for first, *cells in [header, *rows]:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for name, *cells in [header, *rows]:
         aligned = [f"{text:>{width}s}" for text, width in zip(cells, widths[1:])]
-        print(f"{first:{widths[0]}s}  {'  '.join(aligned)}")
+        print(f"{name:{widths[0]}s}  {'  '.join(aligned)}")
 
 
 def with_tables(page, records):

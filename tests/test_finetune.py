@@ -267,8 +267,9 @@ def run(erm_run, tmp_path, monkeypatch):
 
 
 def tune(run, *flags):
-    flags = ["--run", run, "--workers", 0, "--device", "cpu", "--epochs", 2, *flags]
-    stage.main(stage.parse_args(list(map(str, flags))))
+    settings = ["--run", run, "--workers", 0, "--device", "cpu", "--epochs", 2, "--batch-size", 16]
+    settings += flags
+    stage.main(stage.parse_args(list(map(str, settings))))
 
 
 def outcome(folder):
@@ -306,7 +307,7 @@ def test_a_run_and_its_continuation(run, erm_run, monkeypatch):
     best = max(log[1:], key=lambda row: (row["val"]["acc_worst"], -row["epoch"]))
     results = json.loads(results)
     assert results["selected_epoch"] == best["epoch"] and results["splits"]["val"] == best["val"]
-    assert results["seed"] == 3 and results["batch_size"] == 16  # those of the ERM run
+    assert results["seed"] == 3 and results["augment"] == "table1"  # those of the ERM run
 
     seen[:] = ["interrupt"]  # before the first epoch is over: nothing to continue from
     with pytest.raises(KeyboardInterrupt):

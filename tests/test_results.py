@@ -57,9 +57,8 @@ def put_tuned(folder, worst, before, method="contrastive", source=CSV, start=7, 
 
 
 def table(block, *folders):
-    """{(heading, row): {column: cell}} of a block."""
-    found, shown = compare.read_runs(folders)
-    cells = {}
+    """{(data, row): {column: cell}} of a block."""
+    (found, shown), cells = compare.read_runs(folders), {}
     for heading, header, rows in compare.tables(block, shown, found):
         for name, *row in rows:
             cells[heading.split(":")[0], name] = dict(zip(header[1:], row))
@@ -88,7 +87,10 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     assert gains[data, "finetune"]["minus ERM continued"] == minus_erm
     assert gains[data, "control"]["minus ERM continued"] == "-"
     rows = table("wga", *runs)
-    assert rows[data, "ERM, selected epoch"]["worst group"] == "30.0 +- 14.1 (2)"
+    erm = {"worst group": "30.0 +- 14.1 (2)", "mean": "70.0 +- 0.0 (2)"}
+    erm["mean, groups in training mix"] = "90.0 +- 0.0 (2)"
+    assert rows[data, "ERM, selected epoch"] == erm
+    assert table("groups", *runs)[data, "G1* kind 1"]["test"] == "30.0 +- 14.1 (2)"
     assert rows[data, "before: best.pt"]["worst group"].endswith("(5)")  # two starts in r0 and r1
     one = [tmp_path / run / "finetune" for run in ("r0", "r1")]  # the control was not asked for
     assert table("differences", *one)[data, "finetune"]["minus ERM continued"] == minus_erm
@@ -96,28 +98,15 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_each_column_is_one_quantity(tmp_path):
-    put_erm(tmp_path / "r" / "erm", 0.3)
-    (row,) = table("wga", tmp_path / "r").values()
-    expected = {"worst group": "30.0 (1)", "mean": "70.0 (1)"}
-    assert row == {**expected, "mean, groups in training mix": "90.0 (1)"}
-    (_, first), (_, second) = table("groups", tmp_path / "r").items()
-    assert first["test"] == "90.0 (1)" and second["train"] == "30.0 (1)"
-
-
 def test_csv_files_of_equal_name_stay_apart(tmp_path, capsys):
     for i, source in enumerate(("/x/a/metadata.csv", "/x/b/metadata.csv", "/y/b/metadata.csv")):
-        put_tuned(tmp_path / f"r{i}" / "finetune", i / 10, 0, source=source)
+        put_tuned(tmp_path / f"r{i}" / "finetune", i / 10, 0, source=source, lam=i)
     rows = table("wga", *tmp_path.iterdir())
     found = {data: row["worst group"] for (data, name), row in rows.items() if name == "finetune"}
     names = [f"{name}/metadata.csv, net" for name in ("x/a", "x/b", "y/b")]
     assert found == dict(zip(names, ("0.0 (1)", "10.0 (1)", "20.0 (1)")))
     assert not capsys.readouterr().err
-
-
-def test_runs_of_one_name_that_differ_are_told(tmp_path, capsys):
-    for run, lam in (("r0", 0.2), ("r1", 1)):
-        put_tuned(tmp_path / run / "finetune", 0.5, 0.2, lam=lam)
+    put_tuned(tmp_path / "r3" / "finetune", 0.5, 0.2, source=source, lam=9)  # as that of r2
     compare.warn_of_differences(compare.read_runs([*tmp_path.iterdir()])[1])
     told = "warning: the runs called finetune differ in more than the seed: lam\n"
     assert capsys.readouterr().err == told
@@ -166,9 +155,15 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path):
     assert_refused(run_script(*command, tmp_path / "r", check=False), "r/finetune/results.json")
     path.write_text(whole)
     path.with_name("args.json").unlink()
-    for folder, words in ((tmp_path / "r", "args.json"), (tmp_path / "no", "no such folder")):
+    for arguments, words in (
+        ([str(tmp_path / "r")], "args.json"),
+        ([str(tmp_path / "no")], "no such folder"),
+        ([str(tmp_path)], "no finished run"),
+        (["--add"], "no run folder"),
+        (["--write", "--figure", "f.doc"], "f.doc"),
+    ):
         with pytest.raises(common.BadInput, match=words):
-            compare.read_runs([folder])
+            compare.main(compare.parse_args(arguments))
 
 
 def test_add_replaces_and_a_bad_line_is_named(tmp_path, capsys):
@@ -197,12 +192,6 @@ def test_a_wrong_marker_is_named(text, tmp_path):
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(common.BadInput, match=r"page\.md"):
         compare.with_tables(tmp_path / "page.md", [])
-
-
-def test_wrong_arguments():
-    for arguments in ([], ["--add"], ["--write", "--figure", "f.doc"]):
-        with pytest.raises(common.BadInput):
-            compare.main(compare.parse_args(arguments))
 
 
 def test_page_and_numbers_agree(capsys):

@@ -33,10 +33,10 @@ def train(erm_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "STOP_SIGNALS", [])  # pytest keeps its own
     monkeypatch.setattr(common, "save_figure", lambda fig, path: path.touch())  # they take longest
 
-    def run(*more, code=0, data=erm_run / "data", folder=tmp_path / "run"):
+    def run(more="", code=0, data=erm_run / "data", folder=tmp_path / "run"):
         stopped = pytest.raises(SystemExit, match=str(code)) if code else nullcontext()
         with stopped, common.script(folder / "erm"):
-            train_erm.main(train_erm.parse_args(flags(data, folder, *more)))
+            train_erm.main(train_erm.parse_args([*flags(data, folder), *more.split()]))
         out, err = capsys.readouterr()
         told = [x for x in err.splitlines() if x and not x.startswith("warning:")]
         assert len(told) == (code > 0), told
@@ -45,8 +45,8 @@ def train(erm_run, tmp_path, monkeypatch, capsys):
     return run
 
 
-def flags(data, folder, *more):
-    return [str(flag) for flag in ("--data", data, "--run", folder, *SMALL.split(), *more)]
+def flags(data, folder):
+    return ["--data", str(data), "--run", str(folder), *SMALL.split()]
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_selection(train, erm_run, tmp_path, monkeypatch, rule):
         return evaluate(model, batches, groups)
 
     monkeypatch.setattr(common, "evaluate", spy)
-    train("--select", rule)
+    train(f"--select {rule}")
     log = log_of(tmp_path / "run")
     assert evaluated == [32, 16] * 4 + [20, 20] and log == log_of(erm_run / "run")
     key = {"val-wga": "acc_worst", "val-mean": "acc_mean"}.get(rule)
@@ -125,7 +125,7 @@ def test_selection(train, erm_run, tmp_path, monkeypatch, rule):
 @pytest.mark.parametrize("head", ["linear", "softmax"])
 def test_steps_by_hand(train, tmp_path, head):
     """An epoch of two steps of Adam, as Kingma and Ba (2015) write it."""
-    train(*"--epochs 1 --augment crop-flip --batch-size 16 --lr 1e-3 --head".split(), head)
+    train(f"--epochs 1 --augment crop-flip --batch-size 16 --lr 1e-3 --head {head}")
     _, saved, table = common.reopen(tmp_path / "run/erm/last.pt")
     torch.manual_seed(3)
     model = common.build_model("test_resnet", 2, 32).train().to(memory_format=torch.channels_last)
@@ -150,7 +150,7 @@ def test_steps_by_hand(train, tmp_path, head):
 def test_a_last_batch_of_one_image(train, tmp_path, size):
     """33 training images: BatchNorm cannot take the last one alone. And a test group is empty."""
     write_waterbirds(tmp_path, ((13, 5, 4, 11), (1, 1, 1, 1), (1, 1, 0, 1)))
-    train("--batch-size", size, "--epochs", 1, data=tmp_path)
+    train(f"--batch-size {size} --epochs 1", data=tmp_path)
     assert read(tmp_path / "run")["splits"]["test"]["groups"][2]["acc"] is None
 
 
@@ -166,22 +166,25 @@ def test_a_finished_run_shows_its_table(train, erm_run, copy):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_epochs_extend_a_run(train, erm_run, tmp_path, workers):
-    """Also with workers that read the images, which change nothing."""
-    train("--epochs", 2, "--workers", workers)
-    train("--workers", workers)
+    """Also with workers that read the images, and through a link to another disk."""
+    for name in ("scratch", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run/erm").symlink_to(tmp_path / "scratch")
+    train(f"--epochs 2 --workers {workers}")
+    train(f"--workers {workers}")
+    assert (tmp_path / "run/erm").is_symlink() and len([*tmp_path.iterdir()]) == 2
     assert_same(tmp_path / "run", erm_run)
 
 
-STEP = (torch.optim.Adam, "step", 6, "SIGTERM", 143)  # in epoch 2
-SAVE = (common, "save_checkpoint", 5, "SIGHUP", 129)  # in front of epoch 2's second or third file
-FIGURE = (train_erm, "plot_curves", 1, "SIGINT", 130)
+STEP = (torch.optim.Adam, "step", 6), "SIGTERM", 143  # in epoch 2
+SAVE = (common, "save_checkpoint", 5), "SIGHUP", 129  # in front of a file of epoch 2
+FIGURE = (train_erm, "plot_curves", 1), "SIGINT", 130
 
 
-@pytest.mark.parametrize("owner,name,call,stop,code", [STEP, SAVE, FIGURE])
-def test_stopped_runs_continue(
-    train, erm_run, tmp_path, monkeypatch, owner, name, call, stop, code
-):
-    calls, number, function = [], signal.Signals[stop], getattr(owner, name)
+@pytest.mark.parametrize("place,stop,code", [STEP, SAVE, FIGURE])
+def test_stopped_runs_continue(train, erm_run, tmp_path, monkeypatch, place, stop, code):
+    (owner, name, call), number, calls = place, signal.Signals[stop], []
+    function = getattr(owner, name)
 
     def interrupted(*arguments, **fields):
         calls.append(name)
@@ -239,18 +242,18 @@ OTHER |= {f"--overwrite {flag}": f"error: {flag}" for flag in IMPOSSIBLE.split("
 @pytest.mark.parametrize("more,words", OTHER.items())
 def test_refused_settings(train, copy, more, words):
     before = stamps(copy)
-    assert words in train(*more.split(), code=2)
+    assert words in train(more, code=2)
     assert stamps(copy) == before
 
 
 def test_overwrite_and_divergence(train, copy):
-    assert "diverged in epoch 1; try" in train("--lr", 1e30, "--overwrite", code=2)
+    assert "diverged in epoch 1; try" in train("--lr 1e30 --overwrite", code=2)
     assert read(copy, "args.json")["args"]["lr"] == 1e30 and [*stamps(copy)] == ["args.json"]
 
 
 def test_labels_that_change_in_between(train, tmp_path):
     table = write_waterbirds(tmp_path)
-    train("--epochs", 1, data=tmp_path)
+    train("--epochs 1", data=tmp_path)
     table[1][2], table[25][2] = table[25][2], table[1][2]
     write_table(tmp_path, table)
     assert "the data changed" in train(code=2, data=tmp_path)
@@ -259,19 +262,10 @@ def test_labels_that_change_in_between(train, tmp_path):
 def test_folders_that_are_not_ours(train, copy):
     note = copy / "erm/notes.txt"
     note.write_text("mine")
-    for more in ([], ["--overwrite"]):
-        assert f"{note} is not of this stage" in train(*more, code=2)
+    for more in ("", "--overwrite"):
+        assert f"{note} is not of this stage" in train(more, code=2)
     assert note.read_text() == "mine" and {*stamps(copy)} == FILES | {"notes.txt"}
     assert f"{note}: File exists" in train(code=2, folder=note)
-
-
-def test_a_link_is_written_through(train, erm_run, tmp_path):
-    for name in ("scratch", "run"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "run/erm").symlink_to(tmp_path / "scratch")
-    train()
-    assert (tmp_path / "run/erm").is_symlink() and len([*tmp_path.iterdir()]) == 2
-    assert_same(tmp_path / "run", erm_run)
 
 
 DAMAGE = {"cut": lambda data: data[: len(data) // 2], "empty": lambda _: b""}

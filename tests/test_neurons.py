@@ -1,189 +1,277 @@
-"""Scores, masks, modifications and the tracing engine against slow second ways and hand-made numbers."""
+"""Group accuracies, neurons, scores, masks and the trace of many modified networks."""
 
-import numpy as np
+import copy
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 
-from common import (BadInput, Split, Variant, accuracy_under, build_model, center, describe_groups, gradient_scores, is_transformer,
-                    locate, logits_under, magnitude_scores, modified, neuron_masks, normalize, prunable_layers, sample_groups, stages,
-                    top_neurons, worst_images)
+import common
+from common import BadInput, Variant, accuracy_under, build_model, modified, top_neurons
 
-SMALL = [("resnet10", 32), ("squeezenet1_1", 64), ("mobilenet_v3_small", 64), ("convnext_atto", 64), ("vit_tiny_patch16_224", 32),
-         ("densenet121", 32)]
-
-
-def network(arch="resnet10", size=32, seed=0):
-    torch.manual_seed(seed)
-    model = build_model(arch, 2, size)
-    for module in model.modules():  # statistics of BatchNorm that are not 0 and 1
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-    return model.eval()
+GROUPS = common.describe_groups(["a", "b"], ["x", "y"], [60, 20, 5, 15])
 
 
-def split(counts=(9, 4, 3, 8), size=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    g = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    g = g[torch.randperm(len(g), generator=generator)]
-    images = torch.randint(0, 256, (len(g), 3, size, size), generator=generator, dtype=torch.uint8)
-    groups = describe_groups([f"group {j}" for j in range(len(counts))], counts, 2)
-    return Split(images, g // 2, g % 2, g, torch.full((len(g), 2), size), [str(i) for i in range(len(g))], groups)
+def network(arch="resnet10", size=32):
+    torch.manual_seed(0)
+    return build_model(arch, 2, size)
 
 
-def snapshot(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
+def batches(sizes=(5, 3), size=32):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for n in sizes:
+        g = torch.randint(0, 4, (n,), generator=generator)
+        found.append((torch.randn(n, 3, size, size, generator=generator), g // 2, g))
+    return found
 
 
-def unchanged(model, before):
-    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+# ---- evaluation ----
 
 
-def test_what_is_prunable():
-    resnet = prunable_layers(build_model("resnet50", 2, 32))
-    assert len(resnet) == 53 and sum(len(w) for w in resnet.values()) == 26560 and "layer1.0.downsample.0" in resnet and "fc" not in resnet
-    vit = build_model("vit_small_patch16_224", 2, 32)
-    assert sum(w.numel() for w in prunable_layers(vit).values()) == 21_233_664 and is_transformer(vit)
-    assert {name.rsplit(".", 1)[-1] for name in prunable_layers(vit)} == {"qkv", "proj", "fc1", "fc2"}
-    squeezenet = build_model("squeezenet1_1", 2, 64)
-    assert "classifier.1" not in prunable_layers(squeezenet) and len(prunable_layers(squeezenet)) == 25 and not is_transformer(squeezenet)
-    torchvision_vit = prunable_layers(build_model("vit_b_16", 2, 224))
-    assert sum(w.numel() for w in torchvision_vit.values()) == 12 * 12 * 768 ** 2 and not any("head" in name for name in torchvision_vit)
+def test_group_report_by_hand():
+    """Eight images; group 3 has none and counts in no mean, nor as the worst."""
+    g = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    y = g // 2
+    predicted = torch.tensor([0, 0, 0, 1, 0, 1, 0, 1])  # right: 3 of 4, 1 of 2, 1 of 2
+    report = common.group_report(predicted, y, g, GROUPS)
+    counts = [(row["n"], row["correct"], row["acc"]) for row in report["groups"]]
+    assert counts == [(4, 3, 0.75), (2, 1, 0.5), (2, 1, 0.5), (0, 0, None)]
+    assert report["worst_group"] == 1 and report["acc_worst"] == 0.5  # the first of equals
+    assert report["acc_mean"] == 5 / 8
+    assert report["acc_mean_train_mix"] == pytest.approx((60 * 0.75 + 20 * 0.5 + 5 * 0.5) / 85)
+    assert [row["minority"] for row in report["groups"]] == [False, True, True, False]
+    assert common.in_percent(report) == " 75.0  50.0*  50.0* -"
 
 
-@pytest.mark.parametrize("unit", ["channel", "weight"])
-def test_scores_against_a_double_loop(unit):
-    model, data, layer = network(), split(), "layer2.0.downsample.0"
-    members = (data.g == 2).nonzero()[:, 0]
-    scores, magnitudes = gradient_scores(model, data, members, 32, unit, batch_size=2), magnitude_scores(model, unit)
-    weight, total = prunable_layers(model)[layer], torch.zeros_like(prunable_layers(model)[layer])
-    for i in members.tolist():  # image by image
-        x = normalize(center(data.images[i:i + 1], 32), model)
-        total += torch.autograd.grad(F.cross_entropy(model(x), data.y[i:i + 1]), weight)[0] / len(members)
-    for n in range(0, len(scores[layer]), 97):
-        where = n if unit == "channel" else np.unravel_index(n, weight.shape)
-        for found, values in ((scores, total), (magnitudes, weight)):
-            slow = sum(value ** 2 for value in np.ravel(values.detach()[where].double())) ** 0.5
-            assert float(found[layer][n]) == pytest.approx(slow, rel=1e-3, abs=1e-7)
+def test_predict_takes_any_batches_and_puts_modes_back():
+    model = torchvision.models.resnet18(num_classes=2).train()
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    logits, y, g = common.predict(model, batches())
+    assert [module.training for module in model.modules()] == modes
+    expected = copy.deepcopy(model).eval()(torch.cat([x for x, *_ in batches()]))
+    assert torch.allclose(logits, expected, atol=1e-5) and torch.equal(y, g // 2)
+    report = common.evaluate(model, batches(), GROUPS)
+    assert sum(row["n"] for row in report["groups"]) == 8
 
 
-def test_gradients_leave_nothing_behind():
-    model, data = network(), split()
-    model.train()
-    before = snapshot(model)
-    train_mode = gradient_scores(model, data, torch.arange(10), 32)
-    assert model.training and all(p.grad is None for p in model.parameters()) and unchanged(model, before)
-    eval_mode = gradient_scores(model.eval(), data, torch.arange(10), 32)
-    assert not model.training and all(torch.equal(train_mode[layer], eval_mode[layer]) for layer in eval_mode)  # eval statistics both times
+# ---- which weights are neurons ----
 
 
-def test_top_neurons_are_the_largest_with_ties_by_layer_then_index():
-    scores = {"first": torch.tensor([1.0, 5.0, 2.0]), "second": torch.tensor([5.0, 9.0, 5.0])}
-    assert top_neurons(scores, 1) == [("second", 1)]
-    assert top_neurons(scores, 3) == [("second", 1), ("first", 1), ("second", 0)]
-    assert top_neurons(scores, 6)[-2:] == [("first", 2), ("first", 0)]
-    for k in (0, 7):
-        with pytest.raises(BadInput, match="of 6 neurons"):
+def test_convolutions_but_never_the_head():
+    model = network("resnet50", 64)
+    layers = common.prunable_layers(model)
+    assert sum(len(weight) for weight in layers.values()) == 26560  # section 2.1: channels
+    assert "layer1.0.downsample.0" in layers and "fc" not in layers and len(layers) == 53
+    squeezenet = torchvision.models.squeezenet1_1(num_classes=2)  # its head is a convolution
+    assert "classifier.1" not in common.prunable_layers(squeezenet)
+
+
+def test_linear_layers_of_transformers():
+    layers = common.prunable_layers(network("vit_tiny_patch16_224"))
+    kinds = {name.split(".", 2)[-1] for name in layers}
+    assert kinds == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"} and len(layers) == 48
+    distilled = network("deit_tiny_distilled_patch16_224")
+    assert not {"head", "head_dist"} & common.prunable_layers(distilled).keys()
+    other = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=2)
+    assert "encoder.layers.encoder_layer_0.self_attention.in_proj_weight" in (
+        common.prunable_layers(other)
+    )
+
+
+@pytest.mark.parametrize(
+    "arch,unit,n",
+    [("resnet10", "channel", 2880), ("vit_tiny_patch16_224", "weight", 5308416)],
+)
+def test_auto_units(arch, unit, n, capsys):
+    found, counts = common.find_neurons(network(arch))
+    assert found == unit and sum(counts.values()) == n
+    assert f"{n} neurons ({unit}s)" in capsys.readouterr().out
+    assert common.find_neurons(network(arch), "channel")[0] == "channel"
+
+
+def test_attention_in_a_convolutional_network():
+    """An attention pool with a qkv of its own does not make it a transformer."""
+    pool = timm.layers.AttentionPool2d(64, feat_size=4, num_heads=4)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 7), pool, torch.nn.Linear(64, 2)
+    )
+    assert common.find_neurons(model)[0] == "channel"
+    with pytest.raises(BadInput, match="neither convolutions nor linear layers"):
+        common.prunable_layers(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2)))
+
+
+# ---- scores ----
+
+
+def test_top_neurons_are_the_largest():
+    scores = {"a": torch.tensor([1.0, 9.0, 3.0]), "b": torch.tensor([9.0, 2.0])}
+    assert top_neurons(scores, 1) == [("a", 1)]  # of equals the earlier layer
+    assert top_neurons(scores, 4) == [("a", 1), ("b", 0), ("a", 2), ("b", 1)]
+    for k in (0, 6):
+        with pytest.raises(BadInput, match="expected 1 to 5"):
             top_neurons(scores, k)
-    assert locate([0, 2, 3, 5], {"a": 3, "b": 3}) == [("a", 0), ("a", 2), ("b", 0), ("b", 2)]
+    generator = torch.Generator().manual_seed(0)
+    random = {name: torch.rand(50, generator=generator) for name in "abc"}
+    ranked = sorted(((float(v), n, i) for n, vs in random.items() for i, v in enumerate(vs)))
+    assert top_neurons(random, 20) == [(n, i) for _, n, i in ranked[::-1][:20]]
+    positions = common.locate([0, 2, 3, 4], {"a": 3, "b": 2})
+    assert positions == [("a", 0), ("a", 2), ("b", 0), ("b", 1)]
+
+
+@pytest.mark.parametrize("arch,unit", [("resnet10", "channel"), ("vit_tiny_patch16_224", "weight")])
+def test_scores_against_a_slow_second_way(arch, unit):
+    """Norms filter by filter; the gradient is of the mean over all images, however they are cut
+    into batches."""
+    model, data = network(arch).train(), batches()
+    modes = [module.training for module in model.modules()]
+    magnitude = common.magnitude_scores(model, unit)
+    gradient = common.gradient_scores(model, data, unit)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    x, y = (torch.cat(parts) for parts in list(zip(*data))[:2])
+    F.cross_entropy(model(x), y).backward()
+    for layer in list(magnitude)[::4]:
+        weight = model.get_submodule(layer).weight
+        for i in (0, 3):
+            w, v = weight[i], weight.grad[i]
+            if unit == "weight":
+                w, v = weight.flatten()[i : i + 1], weight.grad.flatten()[i : i + 1]
+            assert magnitude[layer][i].item() == pytest.approx(w.norm().item(), rel=1e-5)
+            assert gradient[layer][i].item() == pytest.approx(v.norm().item(), rel=1e-3, abs=1e-7)
 
 
 def test_worst_images_have_the_highest_loss():
-    logits, y = torch.zeros(600, 2), torch.zeros(600, dtype=torch.long)
-    logits[:, 1] = torch.arange(600)  # the later the image, the surer and the more wrong
-    index = torch.arange(0, 600, 2)
-    drawn = worst_images(logits, y, index, torch.Generator().manual_seed(0))
-    assert len(drawn) == 128 == len(set(drawn.tolist())) and drawn.min() >= 88 and set((drawn % 2).tolist()) == {0}  # the last 256 of 300
-    assert not torch.equal(drawn, worst_images(logits, y, index, torch.Generator().manual_seed(1)))
-    assert sorted(worst_images(logits, y, index[:50], torch.Generator()).tolist()) == index[:50].tolist()
+    """Image i of 400 is right with a logit that grows with i, so the first are the worst."""
+    logits = torch.stack([torch.arange(400) / 100, torch.zeros(400)], 1)
+    y, index = torch.zeros(400, dtype=torch.long), torch.arange(0, 400, 2)
+    worst = common.worst_images(logits, y, index, torch.Generator().manual_seed(0), 50, 20)
+    assert len(set(worst.tolist())) == 20 and worst.max() < 100 and (worst % 2 == 0).all()
 
 
-@pytest.mark.parametrize("unit", ["channel", "weight"])
-@pytest.mark.parametrize("how", ["zero", "random-init", "random-noise"])
-def test_modified_restores_bit_for_bit(how, unit):
-    model = network()
-    before, neurons = snapshot(model), [("layer1.0.conv1", 3), ("conv1", 0), ("layer1.0.conv1", 7)]
-    with pytest.raises(KeyError, match="inside"):
-        with modified(model, neurons, how, 0.1, seed=1, unit=unit):
-            changed = [name for name in before if not torch.equal(model.state_dict()[name], before[name])]
-            assert changed == ["conv1.weight", "layer1.0.conv1.weight"]
-            count = sum(int((model.state_dict()[name] != before[name]).sum()) for name in changed)
-            assert count == (3 * 49 + 2 * 64 * 9 if unit == "channel" else 3)
-            raise KeyError("inside")
-    assert unchanged(model, before)
-    counts = accuracy_under(model, split(), 32, [Variant(neurons, how, 0.1)], unit)
-    assert unchanged(model, before) and len(counts) == 1
+def test_masks():
+    model = network().to(memory_format=torch.channels_last)
+    masks = common.neuron_masks(model, [("conv1", 3), ("conv1", 5), ("layer2.0.conv1", 0)])
+    assert masks.keys() == {"conv1.weight", "layer2.0.conv1.weight"}
+    assert (~masks["conv1.weight"]).nonzero()[:, 0].unique().tolist() == [3, 5]
+    (mask,) = common.neuron_masks(model, [("conv1", 150)], "weight").values()
+    assert (~mask).nonzero().tolist() == [[1, 0, 0, 3]]  # 150 = 147 + 3, filters of 3 x 7 x 7
 
 
-def test_masks_equal_zeroing():
-    model, neurons = network(), [("layer1.0.conv1", 3), ("conv1", 0)]
-    for unit in ("channel", "weight"):
-        masks = neuron_masks(model, neurons, unit)
-        assert set(masks) == {"conv1.weight", "layer1.0.conv1.weight"} and set(masks["conv1.weight"].unique().tolist()) == {False, True}
-        masked = {name: p * masks[name] if name in masks else p for name, p in model.named_parameters()}
-        x = torch.randn(2, 3, 32, 32)
-        with modified(model, neurons, unit=unit), torch.no_grad():
-            zeroed = model(x)
-        assert torch.equal(torch.func.functional_call(model, masked, (x,)).detach(), zeroed)
+@pytest.mark.parametrize("unit,index", [("channel", 5), ("weight", 200)])
+@pytest.mark.parametrize("how", common.MODIFICATIONS)
+def test_modified_and_as_it_was(unit, index, how):
+    model = network().to(memory_format=torch.channels_last)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    old = before["conv1.weight"]
+    place = (index,) if unit == "channel" else (1, 1, 0, 4)  # 200 = 147 + 49 + 4
+    with pytest.raises(KeyError), modified(model, [("conv1", index)], how, 0.1, 7, unit):
+        now = model.conv1.weight.detach().clone()
+        raise KeyError
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    noise = torch.randn(old[place].shape, generator=torch.Generator().manual_seed(7)) * 0.1
+    expected = {"zero": 0 * noise, "random-init": noise, "random-noise": old[place] + noise}
+    assert torch.allclose(now[place], expected[how])
+    now[place] = old[place]
+    assert torch.equal(now, old)
 
 
-def test_random_modifications():
-    model, neurons = network(), [("conv1", 2), ("conv1", 5)]
-    weight = model.conv1.weight
-    def under(*how, **more):
-        with modified(model, neurons, *how, **more):
-            return weight.detach()[[2, 5]].clone()
-    assert under("random-init", 1e-9).abs().max() < 1e-7  # sigma to 0 tends to zeroing
-    assert torch.allclose(under("random-noise", 0.1, 3) - weight.detach()[[2, 5]], under("random-init", 0.1, 3), atol=1e-6)
-    assert torch.equal(under("random-init", 0.1, 3), under("random-init", 0.1, 3)) and not torch.equal(under("random-init", 0.1, 3), under("random-init", 0.1, 4))
-    assert under("random-init", 0.02).std() == pytest.approx(0.02, rel=0.15)
-    for how in ("random-init", "random-noise", "nonsense"):
-        with pytest.raises(BadInput):
-            under(how, 0.0)
+def test_noise_of_nothing_is_refused():
+    for how, sigma in (("random-init", 0.0), ("random-noise", float("nan")), ("smallest", 1.0)):
+        with pytest.raises(BadInput, match="sigma > 0"), modified(network(), [], how, sigma):
+            pass
 
 
-@pytest.mark.parametrize("arch, size", SMALL)
-def test_engine_equals_full_forward(arch, size):
-    model = network(arch, size)
-    unit = "weight" if is_transformer(model) else "channel"
-    layers = list(prunable_layers(model))
-    variants = [Variant([(layer, 0), (layer, 1)], "random-init", 2.0, seed=1) for layer in layers[::len(layers) // 6]]
-    x = torch.randn(2, 3, size, size)
-    chain = stages(model, x[:1])
-    assert len(chain[0]) > 3 and max(chain[1].values()) == len(chain[0])  # there are cuts, and one lies in front of the last layers
-    before = snapshot(model)
+# ---- many modified networks ----
+
+
+class Tied(torch.nn.Module):
+    """One convolution used twice, a value that a later in-place ReLU overwrites, and a skip."""
+
+    def __init__(self, branching=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv = (
+            torch.nn.Conv2d(3, 8, 3, padding=1),
+            torch.nn.Conv2d(8, 8, 3, padding=1),
+        )
+        self.last, self.head = torch.nn.Conv2d(8, 8, 1), torch.nn.Linear(8, 2)
+        self.branching = branching
+
+    def forward(self, x):
+        skip = self.stem(x)
+        x = self.conv(skip)
+        x = x + F.relu(skip, inplace=True)
+        if self.branching and x.mean() > 0:  # torch.fx cannot follow this
+            x = x * 2
+        x = self.last(self.conv(x))
+        x += skip
+        return self.head(x.mean((2, 3)))
+
+
+def by_brute_force(model, data, variant, unit):
+    """Counts of one variant by a full pass of a really modified copy."""
+    other = copy.deepcopy(model).eval()
+    counts = {}
+    with torch.inference_mode(), variant.applied(other, unit):
+        modified_logits = [other(x) for x, *_ in data]
     with torch.inference_mode():
-        fast = dict(logits_under(model, x, variants, unit, chain))
-        assert torch.allclose(fast[None], model(x), rtol=1e-5, atol=1e-6)
-        for number, v in enumerate(variants):
-            with modified(model, v.neurons, v.how, v.sigma, v.seed, unit):
-                assert torch.allclose(fast[number], model(x), rtol=1e-4, atol=1e-5)
-    assert unchanged(model, before) and not any("forward" in vars(module) for module in model.modules())
+        logits = [copy.deepcopy(model).eval()(x) for x, *_ in data]
+    y, g = torch.cat([y for _, y, _ in data]), torch.cat([g for *_, g in data])
+    before, after = (torch.cat(z).argmax(1) == y for z in (logits, modified_logits))
+    for j in g.unique().tolist():
+        if variant.groups is None or j in variant.groups:
+            b, a = before[g == j], after[g == j]
+            numbers = (len(b), b.sum(), a.sum(), (b & ~a).sum(), (~b & a).sum())
+            counts[j] = dict(zip(common.COUNTS, map(int, numbers)))
+    return counts
 
 
-def test_accuracy_under_counts_and_flips():
-    model, data = network(), split((30, 20, 12, 25))
-    variants = [Variant([("layer4.0.conv2", i) for i in range(200)]), Variant([("conv1", 0)], "random-init", 3.0, 1, groups=(2,))]
-    index = torch.arange(5, 87)
-    counts = accuracy_under(model, data, 32, variants, index=index, batch_size=7)
-    def right():
-        return model(normalize(center(data.images, 32), model)).argmax(1) == data.y
-    with torch.no_grad():
-        before = right()
-        for v, found in zip(variants, counts):
-            assert set(found) == ({2} if v.groups else {0, 1, 2, 3})
-            with modified(model, v.neurons, v.how, v.sigma, v.seed):
-                after = right()
-            for j, row in found.items():
-                b, a = before[index][data.g[index] == j], after[index][data.g[index] == j]
-                assert row == {"n": len(b), "correct_before": int(b.sum()), "correct_after": int(a.sum()),
-                               "to_wrong": int((b & ~a).sum()), "to_right": int((~b & a).sum())}
+@pytest.mark.parametrize("kind", ["resnet10", "vit_tiny_patch16_224", "tied", "branching"])
+def test_accuracy_under_against_really_modified_copies(kind, capsys):
+    own = kind in ("tied", "branching")
+    model = Tied(kind == "branching") if own else network(kind)
+    data = batches((12, 9))
+    unit, counts = common.find_neurons(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    variants = []
+    for n, layer in enumerate(list(counts)[:: max(len(counts) // 5, 1)]):
+        neurons = [(layer, i) for i in range(min(counts[layer], 3 if unit == "channel" else 3000))]
+        variants.append(Variant(neurons, groups=(1, 2) if n % 2 else None))
+        variants.append(Variant(neurons[:2], "random-init", 100.0, n))
+    first, *_, last = counts
+    variants.append(Variant([(first, 0), (last, 1)]))
+    found = accuracy_under(model.train(), data, variants, unit)
+    assert found == [by_brute_force(model, data, variant, unit) for variant in variants]
+    assert any(row["to_wrong"] + row["to_right"] for by in found for row in by.values())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert model.training and ("full pass" in capsys.readouterr().err) == (kind == "branching")
 
 
-def test_sample_keeps_small_and_whole_groups():
-    data = split((30, 20, 3, 25))
-    index = sample_groups(data, 5, whole=(1,), seed=0)
-    assert [int((data.g[index] == j).sum()) for j in range(4)] == [5, 20, 3, 5] and index.tolist() == sorted(index.tolist())
-    assert torch.equal(index, sample_groups(data, 5, (1,), 0)) and not torch.equal(index, sample_groups(data, 5, (1,), 1))
-    assert torch.equal(sample_groups(data), torch.arange(78))
+@pytest.mark.parametrize("kind", ["resnet10", "tied"])
+def test_the_graph_gives_the_same_logits(kind):
+    """Bit for bit, from whichever layer on the network is run anew."""
+    model = (Tied() if kind == "tied" else network(kind)).eval()
+    x = batches((4,))[0][0]
+    variants = [Variant([(layer, 0)]) for layer in common.prunable_layers(model)]
+    with torch.inference_mode():
+        traced = common.trace_graph(model, x[:2])
+        whole, found = common.logits_under(model, x, variants, traced=traced)
+        plain, expected = common.logits_under(model, x, variants)
+    assert traced is not None and torch.equal(whole, plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert sum(not torch.equal(logits, plain) for logits in found) > len(found) // 2
+
+
+def test_sample_groups():
+    g = torch.tensor([0] * 50 + [1] * 20 + [2] * 4)
+    index = common.sample_groups(g, GROUPS, 10, whole=(2,))
+    counts = torch.bincount(g[index]).tolist()
+    assert counts == [10, 10, 4] and len(index.unique()) == 24
+    assert torch.equal(index, common.sample_groups(g, GROUPS, 10, whole=(2,)))
+    assert not torch.equal(index, common.sample_groups(g, GROUPS, 10, (2,), seed=1))
+    assert len(common.sample_groups(g, GROUPS)) == 74

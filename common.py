@@ -1095,7 +1095,7 @@ def check_folder(folder, names):
         if unfinished:
             path.unlink()
     if folder.exists() and any(folder.iterdir()) and "stage" not in read_json(folder / "args.json"):
-        raise BadInput(f"{folder} was not written by this project; choose another --run")
+        raise BadInput(f"{folder}/args.json is not of this project; choose another --run")
 
 
 def new_folder(folder, args, names, **inputs):

@@ -25,8 +25,9 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # signals while torch is still loading; later common.script answers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: os._exit(128 + n))
 
 import numpy as np
 import torch
@@ -306,8 +307,8 @@ def main(args):
         common.write(folder / "pruned.csv", pruned)
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"log": log, "best": best, "right": torch.stack(right), "pruned": len(pruned)}
-        common.save_checkpoint(folder / "last.pt", model, **fields, **state)
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
+        common.save_checkpoint(folder / "last.pt", model, **fields, **state)
         print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the start, the selected and the last epoch

@@ -21,8 +21,9 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # signals while torch is still loading; later common.script answers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: os._exit(128 + n))
 
 import numpy as np
 import torch

@@ -18,8 +18,9 @@ import signal
 from itertools import product
 from pathlib import Path
 
-if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # signals while torch is still loading; later common.script answers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: os._exit(128 + n))
 
 import matplotlib
 import numpy as np

@@ -17,8 +17,9 @@ import signal
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # a Ctrl-C while torch is still loading; later common.script answers
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # signals while torch is still loading; later common.script answers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: os._exit(128 + n))
 
 import torch
 import torch.nn.functional as F
@@ -154,12 +155,13 @@ def main(args):
             common.save_checkpoint(folder / "best.pt", model, **fields)
         if epoch in args.keep_epochs:
             common.save_checkpoint(folder / f"epoch_{epoch:03d}.pt", model, **fields)
-        # The log lies in last.pt, so that log and weights cannot disagree; log.jsonl is a copy
+        # The log lies in last.pt, so that log and weights cannot disagree; log.jsonl, a copy, is
+        # written before it: an epoch that last.pt lacks is done and written again
         seconds = round(time.time() - started, 2)
         log.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds, **reports})
         state = {name: part.state_dict() for name, part in parts.items()}
-        common.save_checkpoint(folder / "last.pt", model, **fields, **state, log=log, best=best)
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
+        common.save_checkpoint(folder / "last.pt", model, **fields, **state, log=log, best=best)
         print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the selected epoch and the last one

@@ -144,9 +144,11 @@ def make_record(path):
         weights = about["inputs"]["start"]  # their fingerprint
         record["start"] = [result["start"], result["start_epoch"], weights]
     for split, report in reports.items():
-        record["groups"] = [f"{title(group)} {group['name']}" for group in report["groups"]]
-        rows = {key: [row[key] for row in report["groups"]] for key in ("n", "correct")}
-        record["reports"][split] = {**rows, **{key: report[key] for key in ACCURACIES}}
+        groups, short = report["groups"], {key: report[key] for key in ACCURACIES}
+        record["groups"] = [f"{title(group)} {group['name']}" for group in groups]
+        short["n"] = [group["n"] for group in groups]
+        short["correct"] = [group["correct"] for group in groups]
+        record["reports"][split] = short
     for line, column, values in cells_of(result):
         record["lines"].setdefault(line, {})[column] = [round(value, 3) for value in values]
     return record
@@ -184,6 +186,7 @@ def check(record):
     """The record itself. What is missing or odd in it raises here, where its file is known."""
     if record["stage"] not in STAGES:
         raise ValueError(f"stage {record['stage']!r}")
+    "".join(record[key] for key in ("source", "arch", "unit", "run", "name"))  # they are text
     identity(record)
     warn_of_differences([record])
     for block in TABLES:
@@ -337,6 +340,8 @@ def tables(block, shown, found):
     by_data = {}
     for data, row, column, value in entries(shown, found, block):
         rows, columns = by_data.setdefault(data, ({}, {}))
+        if not np.isfinite(value):
+            raise ValueError(f"{row}, {column}: {value}")
         columns[column] = None  # a set that keeps its order
         rows.setdefault(row, {}).setdefault(column, []).append(value)
     for data, (rows, columns) in by_data.items():

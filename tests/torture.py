@@ -210,7 +210,7 @@ def signalled(bench):
     time.sleep(bench.random.random() * bench.seconds[command])
     os.kill(pid, number)
     code, err = finish(folder, pid)
-    before = not (folder / "r").exists()  # nothing had begun
+    before = not err and code in (128 + number, -number)  # while torch was loading
     held = code == 0 or (code == 128 + number and one_line(err, "the same command")) or before
     again, more = run(folder, command)
     held = held and again == 0 and bench.same(folder, stage)

@@ -7,6 +7,7 @@ Effect in the Presence of Spurious Correlations" (You, Dai, Min et al.).
 """
 
 import contextlib
+import copy
 import csv
 import fnmatch
 import functools
@@ -14,6 +15,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -37,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -92,7 +95,8 @@ def write(path, content):
         free = f"{shutil.disk_usage(disk).free / 1e6:.0f} MB free" if disk.exists() else "missing"
         raise BadInput(f"{path} cannot be written ({error.strerror}; {disk}: {free})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,12 +159,13 @@ def read_table(data, attributes=("Blond_Hair", "Male")):
     if tables:
         wanted = {"file": ("img_filename", "filename"), "y": ("y",), "a": ("place", "a")}
         rows = read_columns(tables[0], {**wanted, "split": ("split",)})
-        return make_table(tables[0], path if path.is_dir() else path.parent, rows)
+        return make_table(tables[0].absolute(), tables[0].parent, rows)
     stems = ("list_attr_celeba", "list_eval_partition")
     lists = [[*path.glob(f"{stem}.*"), *path.glob(f"*/{stem}.*")] for stem in stems]
     if not all(lists):
-        deeper = next(path.glob("*/**/*metadata*.csv"), path / "metadata.csv").parent
-        raise BadInput(f"{path}: neither a metadata csv nor {' and '.join(stems)}; try {deeper}")
+        deeper = next(path.glob("*/**/*metadata*.csv"), None)
+        advice = f"try {deeper.parent}" if deeper else "add a metadata.csv as the README shows"
+        raise BadInput(f"{path}: neither a metadata csv nor {' and '.join(stems)}; {advice}")
     # CelebA's lists are joined by file name, never by the order of rows
     (labels, *_), (splits, *_) = lists
     wanted = {"file": ("image_id",), "y": attributes[:1], "a": attributes[1:]}
@@ -172,7 +177,7 @@ def read_table(data, attributes=("Blond_Hair", "Male")):
         some = f"{len(alone)} images are in one of them only ({', '.join(sorted(alone)[:3])})"
         raise BadInput(f"{labels} and {splits.name} do not join: {some}; take both from one source")
     rows = [{**row, "split": split_of[row["file"]]} for row in rows]
-    return make_table(labels, path, rows, attributes)
+    return make_table(labels.absolute(), path, rows, attributes)
 
 
 def read_columns(path, wanted):
@@ -217,7 +222,7 @@ def read_columns(path, wanted):
     return rows
 
 
-def _codes(path, rows, key):
+def _codes(path, rows, key, label):
     """A column of classes or attributes as people write it -> int64 (N,) and the names of its
     values. Whole numbers stay (1, 1.0, True); -1 and 1 become 0 and 1; words, in alphabetical
     order, are numbered."""
@@ -226,82 +231,93 @@ def _codes(path, rows, key):
     for word in words:
         number = numbers.get(word.lower(), word)
         codes[word] = int(float(number)) if re.fullmatch(r"-?\d{1,3}(\.0*)?", number) else None
+    texts = [row for row in rows if codes[row[key]] is None]
+    if len(texts) == len(rows) and "" not in codes:
+        return np.searchsorted(words, [row[key] for row in rows]), words
     if sorted(codes.values(), key=str) == [-1, 1]:
         codes = {word: max(code, 0) for word, code in codes.items()}
-    if "" not in codes and set(codes.values()) == {None}:
-        codes, names = {word: code for code, word in enumerate(words)}, words
-    else:
-        highest = max(filter(None, codes.values()), default=0)
-        names = [f"{key}={code}" for code in range(1 + highest)]
-    for row in rows:
-        if codes[row[key]] is None or codes[row[key]] < 0:
-            expected = "a whole number from 0 to 999 in every row, or a word in every row"
-            raise BadInput(f"{path} line {row['line']}: {key} is {row[key]!r}; expected {expected}")
-    return np.array([codes[row[key]] for row in rows]), names
+    odd = [row for row in rows if not row[key]]  # else what is rarer, words or numbers
+    if texts and not odd:
+        rest = [row for row in rows if codes[row[key]] is not None]
+        odd = texts if len(texts) <= len(rest) else rest
+    odd = odd or [row for row in rows if codes[row[key]] < 0]
+    if odd:
+        expected = "a whole number from 0 to 999 in every row, or a word in every row"
+        where = f"{path} line {odd[0]['line']}: {label} is {odd[0][key]!r}"
+        raise BadInput(f"{where}; expected {expected}")
+    values = np.array([codes[row[key]] for row in rows])
+    return values, [f"{key}={code}" for code in range(values.max() + 1)]
 
 
-def make_table(path, folder, rows, attributes=None):
-    """The Table of rows as read_columns gives them, after the checks that need all of them."""
-    root, files = _locate(path, folder, rows)
-    (y, classes), (a, places) = _codes(path, rows, "y"), _codes(path, rows, "a")
+def make_table(source, folder, rows, attributes=None):
+    """The Table of rows {"file", "y", "a", "split"}, after the checks that need all of them.
+    source: the file that they come from, or the name by which read_table knows them; files are
+    relative to folder; attributes: names of class and spurious attribute."""
+    labels = attributes or ("y", "the spurious attribute")
+    rows = [{"line": "?", **row} for row in rows]
+    root, files = _locate(source, Path(folder), rows)
+    (y, classes), (a, places) = (_codes(source, rows, k, n) for k, n in zip("ya", labels))
     for row in rows:
-        row["split"] = SPLIT_WORDS.get(row["split"].lower().removesuffix(".0"))
+        row["split"] = SPLIT_WORDS.get(str(row["split"]).lower().removesuffix(".0"))
         if row["split"] is None:
-            raise BadInput(f"{path} line {row['line']}: split is not 0, 1, 2 or train, val, test")
+            expected = "split is not 0, 1, 2 or train, val, test"
+            raise BadInput(f"{source} line {row['line']}: {expected}")
     split = np.array([row["split"] for row in rows])
     g, n_groups = y * len(places) + a, len(classes) * len(places)
     counts = [np.bincount(g[split == i], minlength=n_groups).tolist() for i in range(3)]
-    if attributes:
-        classes = [f"{attributes[0]}={code}" for code in (0, 1)]
-        places = [f"{attributes[1]}={code}" for code in (0, 1)]
-    names = _known_names(path, files, counts, attributes) or (classes, places)
-    groups = describe_groups(*names, counts[0])
+    if classes == ["y=0", "y=1"] and places == ["a=0", "a=1"]:  # words are the user's own names
+        classes, places = _known_names(source, files, counts, attributes)
+    groups = describe_groups(classes, places, counts[0])
     for name, n in zip(SPLITS, counts):
         empty = [group["name"] for group, images in zip(groups, n) if images == 0]
         if len(classes) < 2 or len(places) < 2 or sum(n) == 0 or (empty and name == "train"):
             needs = "every class with every spurious attribute in training, two or more of each,"
-            raise BadInput(f"{path}: needs {needs} and all three splits; images: {counts}")
+            raise BadInput(f"{source}: needs {needs} and all three splits; images: {counts}")
         if empty:
-            warn(f"{path}: no {name} image of {', '.join(empty)}; not in the worst group of {name}")
-    first, twins = {}, [0, 0]  # the first row of each image; how many later ones disagree
-    for file, *here in zip(files, split.tolist(), y.tolist()):
-        before = first.setdefault(file, here)
-        twins = [n + (i != j) for n, i, j in zip(twins, before, here)]
-    if any(twins):
-        told = f"{twins[0]} rows repeat an image of another split, {twins[1]} one of another class"
-        warn(f"{path}: {told}")
-    return Table(str(path.absolute()), root, files, y, a, g, split, list(names[0]), groups)
+            out = f"not in the worst group of {name}"
+            warn(f"{source}: no {name} image of {', '.join(empty)}; {out}")
+    first, splits, others = {}, 0, 0  # rows that repeat an image, in another split, class
+    for file, part, label in zip(files, split.tolist(), y.tolist()):
+        before = first.setdefault(file, (part, label))
+        splits += before[0] != part
+        others += before[1] != label
+    if splits or others:
+        told = f"{splits} rows repeat an image of another split, {others} one of another class"
+        warn(f"{source}: {told}")
+    return Table(str(source), root, files, y, a, g, split, list(classes), groups)
 
 
-def _known_names(path, files, counts, attributes):
-    """Names of classes and attributes where the table is Waterbirds or CelebA, else None."""
+def _known_names(source, files, counts, attributes):
+    """Names of classes and attributes: those of Waterbirds or CelebA where it is that set."""
     cub = r"(.*/)?\d{3}\.\w+/\w+_\d+_\d+\.jpg"  # the file names of CUB-200-2011
     kind = "celeba" if attributes and tuple(attributes) == ("Blond_Hair", "Male") else None
-    if len(counts[0]) == 4 and all(re.fullmatch(cub, file) for file in files):
+    if all(re.fullmatch(cub, file) for file in files):
         kind = "waterbirds"
     for known, official in OFFICIAL_COUNTS.items():
         kind = known if counts == official else kind
     if kind and counts != OFFICIAL_COUNTS[kind]:
         official = f"the official {kind} has {OFFICIAL_COUNTS[kind]}"
-        warn(f"{path}: images per group in train, val, test are {counts}; {official}")
-    return NAMES.get(kind)
+        warn(f"{source}: images per group in train, val, test are {counts}; {official}")
+    y, a = attributes or ("y", "a")
+    return NAMES.get(kind, ([f"{y}=0", f"{y}=1"], [f"{a}=0", f"{a}=1"]))
 
 
-def _locate(path, folder, rows):
+def _locate(source, folder, rows):
     """The folder that holds the images, and their names relative to it. A table may name them
     relative to its folder, to the working directory or in full, but not outside of its folder."""
-    here, at = [os.path.abspath(folder), os.path.realpath(folder)], None
+    first = str(rows[0]["file"]).replace("\\", "/")
+    prefixes = [f"{path}/" for path in (os.path.abspath(folder), os.path.realpath(folder))]
+    prefixes += [] if _find(folder, first) else [f"{os.path.relpath(folder)}/"]
+    files = []
     for row in rows:
-        file = row["file"].replace("\\", "/")
-        if at is None:
-            at = _find(folder, file)
-            here += [] if at else [os.path.relpath(folder)]
-        named = [file[len(place) + 1 :] for place in here if file.startswith(f"{place}/")]
-        row["file"] = (named or [file])[0]
-        if re.search(r"^$|^[/~]|^\w:|(^|/)\.\.(/|$)|\0", row["file"]):
-            where = f"is empty or leads out of {folder}"
-            raise BadInput(f"{path} line {row['line']}: file name {file[:80]!r} {where}")
-    return _find(folder, rows[0]["file"]) or folder, [row["file"] for row in rows]
+        file = str(row["file"]).replace("\\", "/")
+        for prefix in prefixes:
+            file = file.removeprefix(prefix)
+        if re.search(r"^$|^[/~]|^\w:|(^|/)\.\.(/|$)|\0", file):
+            where = f"file name {file[:80]!r} is empty or leads out of {folder}"
+            raise BadInput(f"{source} line {row['line']}: {where}")
+        files.append(file)
+    return _find(folder, files[0]) or folder, files
 
 
 def _find(folder, file):
@@ -550,10 +566,10 @@ def build_model(arch, n_classes, size, weights="none"):
         if weights == "default":
             raise BadInput("--weights default: nobody publishes a resnet10; use --weights none")
         options |= {"layers": (1, 1, 1, 1), "zero_init_last": False}
-    config = timm.get_pretrained_cfg(name)
-    if config and config.fixed_input_size:
-        options["img_size"] = size
     try:
+        config = timm.get_pretrained_cfg(name)
+        if config and config.fixed_input_size:
+            options["img_size"] = size
         model = timm.create_model(name, **options).eval()
         for head in head_names(model):  # some of timm's own take epochs to recover from their start
             model.get_submodule(head).reset_parameters()
@@ -561,7 +577,8 @@ def build_model(arch, n_classes, size, weights="none"):
             logits = model(torch.zeros(2, 3, size, size))
         found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
     except OSError as error:  # those of the hub are
-        fetch = f"bring model.safetensors of {config.hf_hub_id} and give it as --weights FILE"
+        hub = getattr(config, "hf_hub_id", None) or name
+        fetch = f"bring model.safetensors of {hub} and give it as --weights FILE"
         raise BadInput(f"--weights default: {name} cannot be fetched; {fetch}, or none") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -574,12 +591,12 @@ def build_model(arch, n_classes, size, weights="none"):
 
 
 def head_names(model):
-    """The layers that give the logits: what timm calls classifier (there may be two of them), else
-    the last linear layer or convolution."""
+    """The layers that give the logits: model.pretrained_cfg["classifier"], which timm sets (a name
+    or several), else the linear layer or convolution that was registered last."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier")
     if not names:
         kinds = (torch.nn.Linear, *CONVOLUTIONS)
-        names = [name for name, module in model.named_modules() if isinstance(module, kinds)][-1]
+        names = [name for name, module in model.named_modules() if isinstance(module, kinds)][-1:]
     return (names,) if isinstance(names, str) else tuple(names)
 
 
@@ -682,7 +699,7 @@ def evaluating(model):
 
 def on_device(model, *tensors):
     """Tensors on the model's device, without waiting for them."""
-    device = next(model.parameters()).device
+    device = next(model.parameters(), tensors[0]).device
     return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
@@ -810,15 +827,20 @@ def gradient_scores(model, batches, unit="channel"):
     the mean cross entropy of the logits over batches (x, y, ...), those of group j. In eval mode;
     leaves no .grad and all modes as they were."""
     layers, n = prunable_layers(model), 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     total = {name: torch.zeros_like(weight) for name, weight in layers.items()}
+    # The same weights under another name, so that frozen ones have a gradient too
+    z = {names[id(weight)]: weight.detach().requires_grad_() for weight in layers.values()}
     with evaluating(model), torch.enable_grad():
         for x, y, *_ in batches:
             x, y = on_device(model, x, y)
-            loss = F.cross_entropy(model(x), y, reduction="sum")
-            gradients = torch.autograd.grad(loss, layers.values(), allow_unused=True)
+            loss = F.cross_entropy(functional_call(model, z, (x,)), y, reduction="sum")
+            gradients = torch.autograd.grad(loss, z.values(), allow_unused=True)
             for name, v in zip(layers, gradients):
                 total[name] += 0 if v is None else v  # None: a branch that eval mode skips
             n += len(y)
+    if n == 0:
+        raise BadInput("no image to take the gradient of")
     return {name: _norms(v / n, unit) for name, v in total.items()}
 
 
@@ -909,9 +931,9 @@ class _Fork(torch.fx.Interpreter):
 
     def run_node(self, node):
         for number, variant in self.starts.get(node, ()):
-            # Values still needed are copied, as layers may overwrite them; nodes that are done and
-            # no longer needed are None, so that they are not run again
-            kept = {n: v.clone() if torch.is_tensor(v) else v for n, v in self.env.items()}
+            # Values still needed are copied together, as layers may overwrite them and what shares
+            # their memory; nodes that are done and no longer needed are None, not to be run again
+            kept = dict(zip(self.env, copy.deepcopy(list(self.env.values()))))
             with variant.applied(self.model, self.unit):
                 rest = torch.fx.Interpreter(self.module)
                 self.logits[number] = rest.run(initial_env={**self.done, **kept})
@@ -923,7 +945,7 @@ def trace_graph(model, x):
     """The network as a torch.fx graph, or None, said once, where that does not do the same."""
     with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
         traced = torch.fx.symbolic_trace(model)
-        if torch.equal(traced(x), model(x)):
+        if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced
     warn("torch.fx cannot trace this network; every variant takes a full pass")
     return None
@@ -939,7 +961,7 @@ def logits_under(model, x, variants, unit="channel", traced=None):
     found = []
     for variant in variants:
         with variant.applied(model, unit):
-            found.append(model(x))
+            found.append(model(x.clone()))
     return model(x), found
 
 
@@ -961,7 +983,13 @@ def accuracy_under(model, batches, variants, unit="channel"):
                 for i, logits in zip(asked, found):
                     after = logits.argmax(1) == y[g == j]
                     row = counts[i].setdefault(j, dict.fromkeys(COUNTS, 0))
-                    pairs = (before | True, before, after, before & ~after, ~before & after)
+                    pairs = (
+                        torch.ones_like(before),
+                        before,
+                        after,
+                        before & ~after,
+                        ~before & after,
+                    )
                     for key, images in zip(COUNTS, pairs):
                         row[key] += int(images.sum())
     return counts
@@ -1047,6 +1075,7 @@ def draw_with_replacement(n, generator, resamples=1000):
 
 
 def read_json(path):
+    """What a JSON file of a run folder holds. Raises BadInput."""
     with reading(path, "it should be JSON that this project wrote; run its stage again"):
         return json.loads(Path(path).read_text())
 
@@ -1146,7 +1175,7 @@ def start_or_continue(folder, args, names, **inputs):
         changed += [f"the {key} changed" for key in inputs if before["inputs"][key] != inputs[key]]
     if changed:
         what = f"holds a run with other settings ({'; '.join(changed[:4])})"
-        raise BadInput(f"{folder} {what}; use --overwrite or another --run")
+        raise BadInput(f"{folder} {what}; use another --run or --name, or --overwrite")
     if not (folder / "last.pt").exists() and not results.exists():
         return None, None
     last = load_checkpoint(folder / "last.pt")
@@ -1170,6 +1199,7 @@ def script(folder, afterwards="the same command continues"):
         raise Stopped(number)
 
     warnings.simplefilter("ignore")  # what the user should know, we say
+    logging.disable(logging.WARNING)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, stop)

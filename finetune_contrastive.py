@@ -485,8 +485,9 @@ def plot_curves(log, selected, path):
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="lower right", fontsize=8)
     for i, name in enumerate(log[-1]["terms"]):
-        style = {"color": str(0.4 * i), "ls": ("--", "-", ":")[i % 3]}
-        axes[-1].plot(epochs[1:], [row["terms"][name] for row in log[1:]], label=name, **style)
+        values = [row["terms"].get(name, math.nan) for row in log[1:]]
+        style = {"color": str(0.2 * i % 0.8), "ls": ("--", "-", "-.")[i % 3]}
+        axes[-1].plot(epochs[1:], values, label=name, **style)
     axes[-1].set(title="loss terms", ylabel="loss", xlabel="epoch")
     axes[-1].legend(fontsize=8)
     for ax in axes:

@@ -111,14 +111,14 @@ def main(args):
     else:
         index = choose_images(test, args.groups, args.n, args.seed)
         x, y, g, _ = default_collate([test[i] for i in index])
-        captions = [title(table.groups[j]) for j in g.tolist()]
+        captions = [starred(table.groups[j]) for j in g.tolist()]
         shapes = None
         if args.masks or built_in:
             shapes, _ = object_masks(test, index, checkpoint["size"], args.masks)
     shown = {name: explain(model, x, y, layer, args.target) for name, model in models.items()}
     drawn = []
     for i, caption in enumerate(captions):
-        networks = {name: verdict(maps[i], logits[i]) for name, (maps, logits) in shown.items()}
+        networks = {name: one_network(maps[i], logits[i]) for name, (maps, logits) in shown.items()}
         file = str(args.images[i]) if args.images else test.files[index[i]]
         label = None if y is None else int(y[i])
         drawn.append({"file": file, "caption": caption, "label": label, "networks": networks})
@@ -443,14 +443,14 @@ def choose_images(split, groups, n, seed):
     return index
 
 
-def verdict(image_map, logits):
+def one_network(image_map, logits):
     """What one network says of one image (map (H, W), logits (C,)), as plain types."""
     confidence, predicted = logits.softmax(0).max(0)
     says = {"predicted": int(predicted), "confidence": round(float(confidence), 4)}
     return {**says, "empty": bool(is_empty(image_map[None])[0])}
 
 
-def title(group):
+def starred(group):
     return f"{group['name']}{'*' if group['minority'] else ''}"
 
 
@@ -475,13 +475,13 @@ def print_focus(rows):
     for row in rows:
         if row["group"] != group:
             group, object_share = row["group"], f"object {100 * row['area']:.1f} % of the image"
-            print(f"{group} {title(row)}, n = {row['n']}, {object_share}")
-        cells = " ".join(f"{key} {in_percent(row, key):26s}" for key in MEASURES)
+            print(f"{group} {starred(row)}, n = {row['n']}, {object_share}")
+        cells = " ".join(f"{key} {with_interval(row, key):26s}" for key in MEASURES)
         empty = f" empty {row['empty']}" if row["empty"] else ""
         print(f"  {row['model']:28s} {cells}{empty}".rstrip())
 
 
-def in_percent(row, key):
+def with_interval(row, key):
     """A measure in percent with its interval; differences are signed."""
     if row[key] is None:
         return "-"
@@ -564,8 +564,8 @@ def plot_focus(rows, names, explained, path):
     axes[0].set(ylabel="% (mean, 95 % interval)", ylim=(0, None))
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, loc="outside lower center", ncols=6, fontsize=8)
-    title_ = f"Focus of Grad-CAM on the object, test split, {explained} (* minority)"
-    fig.suptitle(title_, fontsize=10)
+    heading = f"Focus of Grad-CAM on the object, test split, {explained} (* minority)"
+    fig.suptitle(heading, fontsize=10)
     common.save_figure(fig, path, dpi=100)
 
 

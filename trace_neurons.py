@@ -170,7 +170,7 @@ def main(args):
         "listed": listed,
         "groups": groups,
         "splits": reports,
-        "control": {c: compare(rows, c, groups, args) for c in CRITERIA},
+        "control": {c: control_test(rows, c, groups, args) for c in CRITERIA},
         "tables": tables,
         "ranks": rank_shares(neurons),
     }
@@ -252,7 +252,7 @@ def p_value(observed, null):
     return (1 + sum(value <= observed for value in null)) / (1 + len(null))
 
 
-def compare(rows, criterion, groups, args):
+def control_test(rows, criterion, groups, args):
     """Do the critical neurons of a criterion lower a minority group's training accuracy more than
     random ones? Yes where of either kind of random sets at most 5 % lower it as much, AND the loss
     is more than FEW_IMAGES larger than the mean loss of random sets: p says how rare a loss is, not
@@ -288,9 +288,8 @@ def compare(rows, criterion, groups, args):
 def verdict(criterion, beats, tests, k):
     """One sentence: yes, no or in part, and where a loss is rare but too small to count."""
     if not beats:
-        return (
-            f"{criterion}: not compared with random neurons (no minority group, zero or controls)"
-        )
+        why = "no minority group, or no zeroing or controls"
+        return f"{criterion}: not compared with random neurons ({why})"
     parts = []
     for j in beats:
         both = pick(tests, group=j)

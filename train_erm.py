@@ -165,8 +165,8 @@ def main(args):
         print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the selected epoch and the last one
-    results = {"stage": "erm", "select": args.select, "epochs": args.epochs}
-    results["selected_epoch"] = best["epoch"]
+    results = {"stage": "erm", "source": table.source, "arch": args.arch, "select": args.select}
+    results |= {"epochs": args.epochs, "selected_epoch": best["epoch"]}
     for key, name, epoch in (
         ("splits", "best.pt", best["epoch"]),
         ("last", "last.pt", args.epochs),

@@ -131,6 +131,7 @@ def test_weights_that_are_none(tmp_path, kind):
     "arch,size,words",
     [
         ("resnet51", 224, "resnet51 of timm .*Unknown model"),
+        ("resnet50.nonsense", 64, "resnet50.nonsense of timm"),
         ("vit_tiny_patch16_224", 8, "--size 8"),
         ("xcit_nano_12_p8_224", 100, "--size 100"),
         ("vit_tiny_patch16_224", 10**7, "--size 10000000"),
@@ -258,3 +259,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="a.pt cannot be written .No space left.*MB free"):
         save_checkpoint(path, build_model("resnet10", 2, 32), **{**ABOUT, "epoch": 8})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="file/a.pt cannot be written"):
+        common.write(tmp_path / "file/a.pt", "x")

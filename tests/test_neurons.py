@@ -100,8 +100,9 @@ def test_attention_in_a_convolutional_network():
         torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 7), pool, torch.nn.Linear(64, 2)
     )
     assert common.find_neurons(model)[0] == "channel"
-    with pytest.raises(BadInput, match="neither convolutions nor linear layers"):
-        common.prunable_layers(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2)))
+    for layers in ([torch.nn.Flatten(), torch.nn.Linear(3, 2)], [torch.nn.Flatten()]):
+        with pytest.raises(BadInput, match="neither convolutions nor linear layers"):
+            common.prunable_layers(torch.nn.Sequential(*layers))
 
 
 # ---- scores ----
@@ -143,6 +144,11 @@ def test_scores_against_a_slow_second_way(arch, unit):
                 w, v = weight.flatten()[i : i + 1], weight.grad.flatten()[i : i + 1]
             assert magnitude[layer][i].item() == pytest.approx(w.norm().item(), rel=1e-5)
             assert gradient[layer][i].item() == pytest.approx(v.norm().item(), rel=1e-3, abs=1e-7)
+
+
+def test_no_image_has_no_gradient():
+    with pytest.raises(BadInput, match="no image"):
+        common.gradient_scores(network(), [])
 
 
 def test_worst_images_have_the_highest_loss():
@@ -265,6 +271,54 @@ def test_the_graph_gives_the_same_logits(kind):
     assert traced is not None and torch.equal(whole, plain)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
     assert sum(not torch.equal(logits, plain) for logits in found) > len(found) // 2
+
+
+class Aliased(torch.nn.Module):
+    """A view taken before the value is overwritten in place."""
+
+    def __init__(self, overwrite_input=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.overwrite_input = overwrite_input
+        self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 1)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        if self.overwrite_input:
+            x.sub_(1)
+        y = self.first(x)
+        flat = y.flatten(1)
+        z = self.second(y)
+        y.relu_()  # changes flat, too
+        mean = flat.mean(1, keepdim=True)
+        return self.head(z.mean((2, 3))) + torch.cat([mean, -mean], 1)
+
+
+def test_views_stay_views_in_the_graph():
+    model, x = Aliased().eval(), torch.randn(6, 3, 8, 8)
+    variants = [Variant([("second", 0)], "random-noise", 3.0)]
+    with torch.inference_mode():
+        traced = common.trace_graph(model, x[:2])
+        _, (found,) = common.logits_under(model, x, variants, traced=traced)
+        _, (expected,) = common.logits_under(model, x, variants)
+    assert torch.allclose(found, expected)
+
+
+def test_tracing_leaves_the_batch_as_it_was():
+    """A model that overwrites its input sees every image once a pass, not three times."""
+    model, x = Aliased(overwrite_input=True).eval(), torch.randn(6, 3, 8, 8)
+    with torch.inference_mode():
+        common.trace_graph(model, before := x.clone())
+        accuracy_under(model, [(x, *torch.zeros(2, 6).long())], [Variant([("first", 0)])])
+    assert torch.equal(before, x)
+
+
+def test_a_frozen_network_has_gradients_too():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    batch = (torch.randn(2, 3, 3, 3), torch.tensor([0, 1]))
+    expected = common.gradient_scores(model, [batch])["0"]
+    found = common.gradient_scores(model.requires_grad_(False), [batch])["0"]
+    assert torch.equal(found, expected) and not model[0].weight.requires_grad
 
 
 def test_sample_groups():

@@ -17,8 +17,6 @@ import common
 import structured_trace
 import trace_neurons
 
-from .conftest import assert_refused, run_script
-
 COUNTS = (24, 9, 8, 24)
 GROUPS = common.describe_groups(*common.NAMES["waterbirds"], COUNTS)  # G1 and G2 are minorities
 OURS = {"args.json", "neurons.csv", "accuracy.csv", "results.json", "fig02_zero.png"}
@@ -274,7 +272,7 @@ def test_figures(traced):
 
 
 def compared(observed, null, group=1, n=100, controls=40):
-    """What compare says of magnitude's set and random ones that lose or gain so many images."""
+    """What control_test says of magnitude's set and random ones that lose or gain so many images."""
     kinds = ("all layers", "layers of magnitude all")
     sets = [("random", kind, images) for kind in kinds for images in null]
     rows = []
@@ -282,7 +280,7 @@ def compared(observed, null, group=1, n=100, controls=40):
         key = {"criterion": criterion, "modification": "zero", "k": 3, "selected_by": by}
         after = {"correct_before": 80, "correct_after": 80 + images}
         rows += [{**key, "split": "train", "group": group, "n": n, **after}]
-    return trace_neurons.compare(rows, "magnitude", GROUPS, SimpleNamespace(controls=controls))
+    return trace_neurons.control_test(rows, "magnitude", GROUPS, SimpleNamespace(controls=controls))
 
 
 NULL = [*range(-10, 10), *[0] * 19]
@@ -410,7 +408,8 @@ def test_refused_files(on_planted, tmp_path):
         assert (tmp_path / name / "notes.txt").read_text() == "mine"
 
 
-def test_no_checkpoint(tmp_path):
-    process = run_script("trace_neurons.py", "--run", tmp_path / "none", check=False)
-    assert_refused(process, "none/erm/best.pt: no such file; train_erm.py and finetune_contrastive")
-    assert not (tmp_path / "none").exists()
+@pytest.mark.parametrize("script", BOTH)
+def test_no_checkpoint(tmp_path, script):
+    with pytest.raises(common.BadInput, match="erm/best.pt: no such file; train_erm.py and"):
+        trace(script, tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -1174,8 +1174,8 @@ def start_or_continue(folder, args, names, **inputs):
                 changed += [] if longer else [f"{key} {before['args'][key]}, now {now[key]}"]
         changed += [f"the {key} changed" for key in inputs if before["inputs"][key] != inputs[key]]
     if changed:
-        what = f"holds a run with other settings ({'; '.join(changed[:4])})"
-        raise BadInput(f"{folder} {what}; use another --run or --name, or --overwrite")
+        what = f"is of a run with other settings ({'; '.join(changed[:4])})"
+        raise BadInput(f"{folder}/args.json {what}; use another --run or --name, or --overwrite")
     if not (folder / "last.pt").exists() and not results.exists():
         return None, None
     last = load_checkpoint(folder / "last.pt")

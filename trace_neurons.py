@@ -89,10 +89,9 @@ def parse_args(argv=None):
 def check(args, n_neurons):
     """Refuse settings that do nothing or cannot be."""
     common.check_flags(args, "batch_size", "max_per_group", "repeats")
-    if min(args.sigma) <= 0 or max(args.sigma) == math.inf:
-        raise common.BadInput(
-            f"--sigma {min(args.sigma)}: must be positive; noise of 0 does nothing"
-        )
+    for sigma in args.sigma:
+        if not 0 < sigma < math.inf:
+            raise common.BadInput(f"--sigma {sigma}: must be positive; noise of 0 does nothing")
     if min(args.top_k) < 1 or max(args.top_k) > n_neurons:
         raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, all neurons")
     if args.controls and (args.controls < 19 or args.controls > 10**6):

@@ -85,10 +85,11 @@ def parse_args(argv=None):
 
 
 def main(args):
-    # What is asked for
     table = common.read_table(args.data, args.attributes)
     common.fill_defaults(args, SYNTHETIC if table.source == "synthetic" else PAPER)
     common.check_flags(args, "epochs", "batch_size", "lr", "size")
+    if args.batch_size < 2:
+        raise common.BadInput("--batch-size 1: BatchNorm cannot take a single image; use 2 or more")
     if not 0 <= args.difficulty < math.inf:
         raise common.BadInput(f"--difficulty {args.difficulty}: must not be negative")
     if args.weights not in ("default", "none"):
@@ -155,8 +156,7 @@ def main(args):
             common.save_checkpoint(folder / "best.pt", model, **fields)
         if epoch in args.keep_epochs:
             common.save_checkpoint(folder / f"epoch_{epoch:03d}.pt", model, **fields)
-        # The log lies in last.pt, so that log and weights cannot disagree; log.jsonl, a copy, is
-        # written before it: an epoch that last.pt lacks is done and written again
+        # The log lies in last.pt, too, so that log and weights cannot disagree
         seconds = round(time.time() - started, 2)
         log.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds, **reports})
         state = {name: part.state_dict() for name, part in parts.items()}

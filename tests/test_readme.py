@@ -7,8 +7,10 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 import common
+import finetune_contrastive
 
 from .conftest import ROOT, labelled_rows, run_script, write_images
 
@@ -18,6 +20,7 @@ PROSE = re.sub(r"^```.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL)
 SPANS = re.findall(r"`([^`]+)`", PROSE)
 SHELL = [text for language, text in BLOCKS if language == "sh"]
 SHELL += [span for span in SPANS if span.startswith("python ")]
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 SCRIPTS = "train_erm trace_neurons structured_trace finetune_contrastive gradcam".split()  # noqa: SIM905
 SOURCES = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("results/*.py")])
 
@@ -124,7 +127,7 @@ def test_help_is_worth_reading(script, sandbox):
 
 def test_every_name_on_the_page_exists():
     named = {flag for span in SPANS for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
-    assert named and all(f'"{flag}"' in SOURCES for flag in named - {"--help"}), named
+    assert named and all(f'"{flag}"' in SOURCES for flag in named - {"--help", "--gpus"}), named
     foreign = {"resnet50-11ad3fa6.pth", "model.safetensors", "metadata_waterbirds.csv"}
     for span in SPANS:
         for name in re.findall(r"[\w-]+\.(?:py|png|csv|jsonl?|pt|pth|safetensors)\b", span):
@@ -172,12 +175,36 @@ def test_the_page_is_short_and_complete():
 
 def test_the_example_to_copy(tmp_path):
     """As printed: three neurons of a random network, and counts that add up to the batch."""
-    (example,) = [text for language, text in BLOCKS if language == "python"]
+    example = PYTHON[0]
     out = run_script("-c", example, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
     critical, counts = out.strip().split("] [")
     assert len(ast.literal_eval(f"{critical}]")) == 3
     (counts,) = ast.literal_eval(f"[{counts}")
     assert [row["n"] for row in counts.values()] == [2, 2, 2, 2]
+
+
+def test_a_step_with_the_masked_branch():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    names = {**vars(common), **vars(finetune_contrastive), "model": model, "critical": [("0", 1)]}
+    names |= {
+        "x1": torch.randn(5, 3, 3, 3),
+        "x2": torch.randn(5, 3, 3, 3),
+        "y": torch.arange(5) % 2,
+    }
+    exec(PYTHON[1], names)  # noqa: S102 - the page's own lines
+    assert model[0].weight.grad.abs().sum() > 0 and not names["masks"]["0.weight"][1].any()
+
+
+def test_a_data_set_in_code(tmp_path, monkeypatch):
+    rows = labelled_rows(pattern="{number:04d}.png")
+    rows = [(f"{y}_{a}_{s}_{n}", y, a, s) for n, y, a, s in rows]
+    write_images(tmp_path / "digits", rows)
+    monkeypatch.chdir(tmp_path)
+    names = dict(vars(common))
+    exec(PYTHON[2], names)  # noqa: S102 - the page's own lines
+    table = names["digits"]()
+    assert table.source == "digits" and len(table.files) == len(rows) and len(table.groups) == 4
+    assert all((table.root / file).is_file() for file in table.files)
 
 
 def test_your_own_data(tmp_path, sandbox):

@@ -1196,6 +1196,10 @@ def script(folder, afterwards="the same command continues"):
     lock, owner = folder.parent / f".{folder.name}.lock", ""
 
     def stop(number, _):
+        for other in STOP_SIGNALS:  # the first one is enough
+            signal.signal(other, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):  # that workers end as well is no error now
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Stopped(number)
 
     warnings.simplefilter("ignore")  # what the user should know, we say

@@ -6,7 +6,7 @@
 
 Paper: section 2.2, Figures 6 and 9, Tables 2, 4-10, 12. Each epoch the critical neurons of the
 network are masked in an auxiliary branch that shares all its weights. Two augmentations of an
-image, one through each branch, are drawn together by NT-Xent (eq. 2.1), and the target branch also
+image, one through each branch, are pulled together by NT-Xent (eq. 2.1), and the target branch also
 learns the labels (eq. 2.2, 2.3):
 
     x --augment--> x'  --> target    f(theta)      --> r    \\  NT-Xent(r, r_p), both directions
@@ -46,29 +46,29 @@ METHOD = ("method", "criterion", "prune_fraction", "order", "unit", "gradient_so
 METHOD += ("features", "aux_bn", "temperature", "loss", "lam", "lam_reduction")
 
 
-NOTES = """In brackets: the default, which follows the paper's text. Where its released code
-differs:
+NOTES = """In brackets: the default, which follows the paper's text; "code": what its released code
+does.
 
 --kick-in          start from RUN/erm/epoch_N.pt; 40 in the paper, 41 in the code (CelebA 20).
                    Without it: epoch 40 where the ERM run kept it, else its best.pt
---method           the paper's; its second term alone; cross entropy goes on (the control of the
-                   same budget)
---criterion        neurons of largest l2 norm of weights, of gradient, or both sets (code: of
-                   both, the gradient's only); random ones or none are controls
+--method           contrastive: the paper's; supervised: its second term alone; erm: cross entropy
+                   goes on, the control of the same budget
+--criterion        largest l2 norm of weights (magnitude), of gradient, or mixed, both sets (code:
+                   the gradient's only); random ones and none are controls
 --prune-fraction   of all neurons, rounded up (code: 0.01 of all weights)
 --order            code: the smallest, for magnitude
---unit             a neuron is a channel or a single weight; auto: a channel, in transformers a
-                   weight (code: weights by magnitude, channels by gradient)
---gradient-source  128 images drawn from the 256 with the highest loss of all training images, or
-                   of the minority groups (code: the 200 with the lowest)
---views            augmentations of an image, one for each branch (code: one for both)
---features         what NT-Xent compares: softmax outputs (Table 2's "projection" of size 2, and
-                   the code), logits, or a SimCLR projection head
---aux-bn           BatchNorm statistics of the auxiliary branch: its own, copied each epoch, or
-                   the target's, which it then moves (code); paper silent
+--unit             what a neuron is; auto: a channel, in transformers a weight (code: weights by
+                   magnitude, channels by gradient)
+--gradient-source  128 images drawn from the 256 with the highest loss of all training images
+                   (train) or of the minority groups (code: the 200 with the lowest)
+--views            two: an augmentation for each branch; one: the same for both (code)
+--features         what NT-Xent compares; probs: softmax outputs (Table 2's "projection" of size
+                   2, and the code); logits; projection: a SimCLR head
+--aux-bn           BatchNorm statistics of the auxiliary branch; own: a copy made each epoch;
+                   shared: the target's, which it also updates (code); paper silent
 --temperature      tau of eq. 2.1; paper silent
---loss             squared error of softmax outputs (eq. 2.2 says "prediction vector"), or cross
-                   entropy of logits (code)
+--loss             mse: squared error of softmax outputs (eq. 2.2 says "prediction vector"); ce:
+                   cross entropy of logits (code)
 --lam-reduction    lambda weighs the sum over the batch, as the code's squared error does, or the
                    mean, as eq. 2.3 reads (with it, hardly anything is learned); NT-Xent is a mean
 --batch-size       paper silent (code: 100)

@@ -59,8 +59,8 @@ def parse_args(argv=None):
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
     g = p.add_argument_group("networks")
-    g.add_argument("--before", type=Path, help="network on top (RUN/erm/best.pt)")
-    after = "networks below it (RUN/finetune/best.pt)"
+    g.add_argument("--before", type=Path, help="upper row (RUN/erm/best.pt)")
+    after = "rows below (RUN/finetune/best.pt)"
     g.add_argument("--after", nargs="+", type=Path, metavar="FILE", help=after)
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g = p.add_argument_group("maps")
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     drawn = "groups to draw test images from (the minority groups)"
     g.add_argument("--groups", type=int, nargs="+", metavar="G", help=drawn)
     g.add_argument("--n", type=int, default=8, help="images to draw, evenly over the groups (8)")
-    own = "draw these files instead and measure nothing"
+    own = "show these files instead; no numbers"
     g.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=own)
     g.add_argument("--masks", type=Path, metavar="DIR", help="object masks of the test images")
     g = p.add_argument_group("run")

@@ -6,9 +6,10 @@
 Paper: section 2.1.1, Figures 2-5, 8, 11, 12, Tables 3, 11, 13, 14. The neurons with the largest
 gradient (one set I_j for each group j) or magnitude (one set) are zeroed, replaced by noise or
 disturbed by noise; beside them random neurons are zeroed, a control that the paper lacks. Changes
-are signed, in percentage points; the paper's |change| of group j under I_j is the diagonal. Neurons
-are chosen on training images and stay the same on test images. Reads RUN/erm/best.pt and its data;
-writes RUN/trace/ (as a whole): args.json, neurons.csv, accuracy.csv, figures, results.json.
+are signed, in percentage points; the paper's |change| of group j under I_j is the diagonal of the
+printed matrix. Neurons are chosen on training images and stay the same on test images. Reads
+RUN/erm/best.pt and its data; writes RUN/trace/ (as a whole): args.json, neurons.csv, accuracy.csv,
+figures, results.json.
 """
 
 import argparse

@@ -28,7 +28,7 @@ import torch
 
 import common
 
-from .conftest import ROOT, write_waterbirds
+from .conftest import ROOT, write_celeba, write_waterbirds
 
 ERM = "train_erm.py --data base --run r --arch resnet10 --weights none --size 32 --epochs 2"
 ERM = f"{ERM} --batch-size 16 --workers 0 --device cpu --keep-epochs 1"
@@ -39,6 +39,11 @@ LATER = [
     "structured_trace.py --run r --workers 0 --device cpu",
     "gradcam.py --run r --workers 0 --device cpu --masks base",
 ]
+
+
+WEIGHTS = ERM.replace("--weights none", "--weights base/w.pth")
+FACES = ERM.replace("--data base", "--data faces")
+COMPARE = "results/compare.py r"
 
 
 def start(folder, command, sabotage=None):
@@ -149,6 +154,9 @@ class Bench:
         write_waterbirds(self.whole / "base")
         for mask in list((self.whole / "base").rglob("*.jpg")):
             shutil.copy(mask, mask.with_suffix(".png"))
+        write_celeba(self.whole / "faces")
+        weights = common.build_model("resnet10", 2, 32).state_dict()
+        torch.save(weights, self.whole / "base" / "w.pth")
         self.seconds = {}
         for command in (ERM, FINETUNE, *LATER):
             began = time.time()
@@ -160,7 +168,8 @@ class Bench:
     def copy(self, *stages):
         """A fresh folder with the data and these stages of the run."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        shutil.copytree(self.whole / "base", folder / "base")
+        for data in ("base", "faces"):
+            shutil.copytree(self.whole / data, folder / data)
         for stage in stages:
             shutil.copytree(self.whole / "r" / stage, folder / "r" / stage)
         return folder
@@ -292,11 +301,15 @@ def damaged(bench):
     for command in (*LATER, FINETUNE):
         cases.append((command, ("erm", "finetune"), "r/erm/best.pt"))
     cases += [(LATER[2], ("erm", "finetune"), str(image.with_suffix(".png")))]
+    cases += [(WEIGHTS, (), "base/w.pth"), (FACES, (), "faces/list_attr_celeba.txt")]
+    cases += [(FACES, (), "faces/list_eval_partition.txt")]
+    for name in ("results.json", "args.json"):
+        cases += [(COMPARE, ("erm", "finetune"), f"r/finetune/{name}")]
     command, needs, name = bench.random.choice(cases)
     folder = bench.copy(*needs)
     how = damage(folder / name, bench.random)
     code, err = run(folder, command)
-    known = Path(name).name if "base/" not in name else "base"
+    known = name.partition("/")[0] if name[0] in "bf" else Path(name).name
     held = code == 0 or (code == 2 and one_line(err, known))
     bench.note("damaged files", held, f"{command}, {name} {how}: {code} {err[-500:]}")
     shutil.rmtree(folder)

@@ -119,14 +119,10 @@ def shorten(records, key, length):
 def make_record(path):
     """What results.json and args.json of a stage say, as far as it is compared; plain types."""
     result, about = (common.read_json(path.with_name(f"{n}.json")) for n in ("results", "args"))
-    origin = result
-    if result["stage"] == "erm" and "source" not in result:  # its checkpoint knows
-        checkpoint = common.load_checkpoint(path.with_name("best.pt"))
-        origin = {"arch": checkpoint["arch"], "source": checkpoint["data"]["source"]}
-    source = origin["source"]
+    source = result["source"]
     record = {"run": str(path.parents[1]), "name": path.parent.name, "stage": result["stage"]}
     record["source"] = source if source == "synthetic" else str(Path(source).resolve())
-    record |= {"arch": origin["arch"], "unit": result.get("unit", "")}
+    record |= {"arch": result["arch"], "unit": result.get("unit", "")}
     record |= {
         "commit": (about.get("commit") or "")[:7],
         "seed": about["args"]["seed"],

@@ -6,7 +6,6 @@ import re
 import shutil
 
 import pytest
-import torch
 
 import common
 
@@ -125,17 +124,6 @@ def test_traces_are_averaged_where_they_are_alike(tmp_path):
     assert rows[weights, "Table 3: top 1"]["G0"] == "+0.0 (1)"
     null = "Control: random ones of all layers in place of gradient"
     assert rows[channels, null]["G1*"] == "-1.0 +- 0.0 (2)"
-
-
-def test_an_erm_run_may_say_in_its_checkpoint_what_it_is(tmp_path):
-    put_erm(tmp_path / "r" / "erm", 0.3)
-    path = tmp_path / "r" / "erm" / "results.json"
-    result = json.loads(path.read_text())
-    path.write_text(json.dumps({key: result[key] for key in ("stage", "splits")}))
-    about = {"arch": "net", "n_classes": 2, "size": 8, "epoch": 1, "classes": [], "args": {}}
-    about |= {"data": {"source": "synthetic"}, "mean": [0, 0, 0], "std": [1, 1, 1]}
-    common.save_checkpoint(path.with_name("best.pt"), torch.nn.Linear(1, 1), **about)
-    assert ("synthetic, net", "ERM, selected epoch") in table("wga", tmp_path / "r")
 
 
 def test_damaged_and_foreign_files_are_one_line(tmp_path):

@@ -58,6 +58,7 @@ def start(folder, command, sabotage=None):
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     script, *sys.argv = command.split()[0], *command.split()
     code = 1
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what comes before a script's first line
     try:
         if sabotage:
             sabotage()

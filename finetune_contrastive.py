@@ -245,7 +245,7 @@ def main(args):
     args.unit, counts = common.find_neurons(model, args.unit)
     inputs = {"data": table.fingerprint(), "start": common.fingerprint_of(model)}
     last, finished = common.start_or_continue(folder, args, FILES, **inputs)
-    if finished:
+    if finished is not None:
         with common.reading(folder / "results.json", "use --overwrite"):
             return print_table(finished)
 

@@ -127,7 +127,7 @@ def main(args):
 
     # The numbers: the whole test split, where the object's place is known
     rows, problems = [], Counter()
-    if args.masks or built_in and not args.images:
+    if (args.masks or built_in) and not args.images:
         measured = {**models, "random head": random_head(models[before], args.seed)}
         loader = common.make_loader(test, args.batch_size, args.workers)
         scores, area, problems = measure(measured, test, loader, layer, args, checkpoint["size"])
@@ -205,9 +205,12 @@ def as_grid(model, layer, values):
     """What a layer gives as (B, C, h, w): tokens (B, T, C) without class and register tokens, in
     rows; channels that come last (Swin) in front."""
     if values.dim() == 4:
-        norm = getattr(model.get_submodule(layer), "normalized_shape", None) if layer else None
-        channels = norm[-1] if norm else values.shape[1]
-        last = values.shape[1] != channels or (not norm and model_format(model) == "NHWC")
+        module = model.get_submodule(layer) if layer else None
+        last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+        if isinstance(module, (torch.nn.Linear, *common.CONVOLUTIONS)):
+            last = isinstance(module, torch.nn.Linear)
+        elif hasattr(module, "normalized_shape"):
+            last = values.shape[1] != module.normalized_shape[-1]
         return values.permute(0, 3, 1, 2) if last else values
     if values.dim() == 3:
         for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1):  # XCiT's blocks: patches only
@@ -218,10 +221,6 @@ def as_grid(model, layer, values):
     shape = tuple(values.shape[1:])
     place = layer or "the last feature map"
     raise BadInput(f"{place} gives {shape} for an image, which is no map; name another --layer")
-
-
-def model_format(model):
-    return str(getattr(model, "output_fmt", "NCHW")).rpartition(".")[2]
 
 
 def is_empty(maps):

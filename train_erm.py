@@ -108,7 +108,7 @@ def main(args):
         loaders[name] = common.make_loader(split, args.batch_size, args.workers)
     folder = args.run / "erm"
     last, finished = common.start_or_continue(folder, args, FILES, data=table.fingerprint())
-    if finished:
+    if finished is not None:
         with common.reading(folder / "results.json", "use --overwrite"):
             return print_table(finished, table.groups)
 

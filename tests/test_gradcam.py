@@ -139,6 +139,18 @@ def test_default_layers_are_maps_of_the_image(arch, size, layer, grid):
     assert check_layer(model, layer, size) == grid
 
 
+@pytest.mark.parametrize(
+    "arch,size,layer,shape",
+    [
+        ("swin_tiny_patch4_window7_224", 224, "patch_embed.proj", (96, 56, 56)),
+        ("convnext_atto", 64, "stages.3.blocks.1.mlp.fc2", (320, 2, 2)),
+    ],
+)
+def test_channels_of_a_named_layer(arch, size, layer, shape):
+    activation, _, _ = gradcam.activations(network(arch, size), pictures(1, size), layer, 0)
+    assert activation.shape[1:] == shape
+
+
 def test_swins_channels_come_last():
     """The right rows and columns: a picture that differs in one corner changes the map there."""
     model, x = network("swin_tiny_patch4_window7_224", 224), pictures(1, 224)
@@ -303,7 +315,7 @@ def test_which_class_is_explained(run):
 
 def test_own_files_and_no_masks(run):
     file = next((run.parent / "masks").rglob("*.png"))
-    results = draw(run, "--images", file)
+    results = draw(run, "--images", file, "--masks", run.parent / "masks")
     assert results["target"] == "predicted" and results["focus"] == []
     assert results["images"][0]["label"] is None
     assert draw(run, "--groups", 3, "--n", 2)["images"][1]["caption"] == "waterbird on water"

@@ -1085,10 +1085,10 @@ def write_json(path, content):
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path, rows, columns=None):
-    """Rows (dicts with the same keys; without any, `columns` alone) as csv with a header."""
+def write_csv(path, rows):
+    """Rows, one or more dicts with the same keys, as csv with a header."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns or rows[0].keys())
+    writer = csv.DictWriter(text, rows[0].keys())
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue())

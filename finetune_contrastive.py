@@ -303,7 +303,7 @@ def main(args):
         row |= {"loss": loss, "lr": lr, "seconds": round(time.time() - started, 2)}
         row |= {"pruned": len(neurons), "pruned_before": len(before & neurons)}
         log.append({**row, **reports})
-        pruned += "".join(f"{epoch},{','.join(map(str, row))}\n" for row in rows)
+        pruned += "".join(f"{epoch},{','.join(map(str, neuron))}\n" for neuron in rows)
         common.write(folder / "pruned.csv", pruned)
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"log": log, "best": best, "right": torch.stack(right), "pruned": len(pruned)}

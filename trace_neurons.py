@@ -95,6 +95,9 @@ def check(args, n_neurons):
             raise common.BadInput(f"--sigma {sigma}: must be positive; noise of 0 does nothing")
     if min(args.top_k) < 1 or max(args.top_k) > n_neurons:
         raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, all neurons")
+    if "zero" not in args.modifications and min(args.top_k) > FEW_NEURONS:
+        few = f"the random modifications take --top-k up to {FEW_NEURONS}"
+        raise common.BadInput(f"--modifications without zero: {few}; nothing would be traced")
     if args.controls and (args.controls < 19 or args.controls > 10**6):
         raise common.BadInput("--controls: fewer than 19 sets cannot give p <= 0.05; or use 0")
 

@@ -344,7 +344,8 @@ def test_orders():
 
 @pytest.mark.parametrize("kind,words", [
     ("16 bits", "more than 8 bits a pixel"), ("cut", "cannot be used"), ("text", "cannot be used"),
-    ("pipe", "not a file"), ("huge", "DecompressionBomb"), ("missing", "no such file")])  # fmt: skip
+    ("pipe", "not a file"), ("huge", "DecompressionBomb"),
+    ("missing", "no such file")])  # fmt: skip
 def test_images_that_are_none(tmp_path, kind, words):
     path = tmp_path / "x.png"
     Image.fromarray(np.full((40, 30), 40000, np.uint16)).save(path)

@@ -21,7 +21,7 @@ SPANS = re.findall(r"`([^`]+)`", PROSE)
 SHELL = [text for language, text in BLOCKS if language == "sh"]
 SHELL += [span for span in SPANS if span.startswith("python ")]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-SCRIPTS = "train_erm trace_neurons structured_trace finetune_contrastive gradcam".split()  # noqa: SIM905
+SCRIPTS = ("train_erm", "trace_neurons", "structured_trace", "finetune_contrastive", "gradcam")
 SOURCES = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("results/*.py")])
 
 STAND_IN = """#!/bin/sh

@@ -272,7 +272,7 @@ def test_figures(traced):
 
 
 def compared(observed, null, group=1, n=100, controls=40):
-    """What control_test says of magnitude's set and random ones that lose or gain so many images."""
+    """What control_test says of magnitude's set and random ones that lose or gain so many."""
     kinds = ("all layers", "layers of magnitude all")
     sets = [("random", kind, images) for kind in kinds for images in null]
     rows = []

@@ -70,7 +70,7 @@ def stamps(run):
 
 
 def assert_same(run, erm_run):
-    """The run ended as erm_run did, which nobody disturbed, bit for bit, and nothing else is left."""
+    """The run ended as erm_run did, undisturbed, bit for bit, and nothing else is left."""
     whole = erm_run / "run"
     assert [*run.iterdir()] == [run / "erm"] and {*stamps(run)} == FILES
     assert read(run) == read(whole) and log_of(run) == log_of(whole)

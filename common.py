@@ -6,6 +6,7 @@ Sections, equations, tables and figures named here are those of the paper, "Unco
 Effect in the Presence of Spurious Correlations" (You, Dai, Min et al.).
 """
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -38,6 +39,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -104,6 +106,7 @@ def write(path, content):
 # ------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 # Images per group in the official splits: Waterbirds (Sagawa et al. 2020), CelebA (Liu et al. 2015)
 OFFICIAL_COUNTS = {
     "waterbirds": [[3498, 184, 56, 1057], [467, 466, 133, 133], [2255, 2255, 642, 642]],
@@ -113,12 +116,11 @@ NAMES = {  # of classes and spurious attributes
     "waterbirds": (["landbird", "waterbird"], ["on land", "on water"]),
     "celeba": (["non-blond", "blond"], ["woman", "man"]),
 }
-# Where images lie, seen from the metadata file, in the layouts in which the two sets circulate
-ALIGNED = ("img_align_celeba", "img_align_celeba/img_align_celeba")
-CUB = "waterbird_complete95_forest2water2"
-IMAGE_FOLDERS = ("", CUB, f"waterbirds/{CUB}", *ALIGNED, f"Img/{ALIGNED[0]}")
-IMAGE_FOLDERS += tuple(f"celeba/{folder}" for folder in ALIGNED)
-SPLIT_WORDS = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+CELEBA = ("Blond_Hair", "Male")
+# Where images lie, seen from the labels, in the layouts in which the two sets circulate
+CUB, ALIGNED = "waterbird_complete95_forest2water2", "img_align_celeba"
+IMAGE_FOLDERS = ["", CUB, f"waterbirds/{CUB}", ALIGNED, f"{ALIGNED}/{ALIGNED}", f"Img/{ALIGNED}"]
+IMAGE_FOLDERS += [f"celeba/{ALIGNED}", f"celeba/{ALIGNED}/{ALIGNED}"]
 
 
 @dataclass
@@ -142,24 +144,24 @@ class Table:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_table(data, attributes=("Blond_Hair", "Male")):
+def read_table(data, attributes=CELEBA):
     """The labels of a data set, recognised by content: 'synthetic', a metadata csv (or the folder
     that holds one), or a folder with CelebA's attribute and partition lists, of which `attributes`
-    names class and spurious attribute. Raises BadInput with file, line and fix."""
+    names class and spurious attribute. Raises BadInput."""
     if str(data) == "synthetic":
         return synthetic_table()
-    path = Path(data)
+    path = Path(data).absolute()
     if not path.exists():
-        raise BadInput(f"--data {path}: no such file or folder; give one, or 'synthetic'")
+        raise BadInput(f"--data {data}: no such file or folder; give one, or 'synthetic'")
     tables = [path]
     if path.is_dir():
         tables = sorted(f for f in path.glob("*metadata*.csv") if f.name[0] != ".")
     if len(tables) > 1:
         raise BadInput(f"{path} holds {len(tables)} csv with metadata in their name; name one")
     if tables:
-        wanted = {"file": ("img_filename", "filename"), "y": ("y",), "a": ("place", "a")}
-        rows = read_columns(tables[0], {**wanted, "split": ("split",)})
-        return make_table(tables[0].absolute(), tables[0].parent, rows)
+        wanted = {"files": ("img_filename", "filename"), "y": ("y",), "a": ("place", "a")}
+        columns = read_columns(tables[0], {**wanted, "split": ("split",)})
+        return make_table(tables[0], tables[0].parent, **columns)
     stems = ("list_attr_celeba", "list_eval_partition")
     lists = [[*path.glob(f"{stem}.*"), *path.glob(f"*/{stem}.*")] for stem in stems]
     if not all(lists):
@@ -168,164 +170,113 @@ def read_table(data, attributes=("Blond_Hair", "Male")):
         raise BadInput(f"{path}: neither a metadata csv nor {' and '.join(stems)}; {advice}")
     # CelebA's lists are joined by file name, never by the order of rows
     (labels, *_), (splits, *_) = lists
-    wanted = {"file": ("image_id",), "y": attributes[:1], "a": attributes[1:]}
-    rows = read_columns(labels, wanted)
-    split_rows = read_columns(splits, {"file": ("image_id",), "split": ("partition",)})
-    split_of = {row["file"]: row["split"] for row in split_rows}
-    alone = split_of.keys() ^ {row["file"] for row in rows}
+    wanted = {"files": ("image_id",), "y": attributes[:1], "a": attributes[1:]}
+    columns = read_columns(labels, wanted)
+    parts = read_columns(splits, {"files": ("image_id",), "split": ("partition",)})
+    split_of = dict(zip(parts["files"], parts["split"]))
+    alone = sorted(split_of.keys() ^ set(columns["files"]))
     if alone:
-        some = f"{len(alone)} images are in one of them only ({', '.join(sorted(alone)[:3])})"
+        some = f"{len(alone)} images are in one of them only ({', '.join(alone[:3])})"
         raise BadInput(f"{labels} and {splits.name} do not join: {some}; take both from one source")
-    rows = [{**row, "split": split_of[row["file"]]} for row in rows]
-    return make_table(labels.absolute(), path, rows, attributes)
+    split = [split_of[file] for file in columns["files"]]
+    return make_table(labels, path, **columns, split=split, labels=attributes)
 
 
 def read_columns(path, wanted):
-    """Rows of a csv, or of one of CelebA's txt lists, as dicts: line number and the cells wanted,
-    {key: names that the column may have}."""
-    with reading(path, "expected a csv in UTF-8 or one of CelebA's lists; is it cut off?"):
+    """Columns of a csv, or of one of CelebA's txt lists, {key: list of str}; wanted: {key: names
+    that the column may have}."""
+    with reading(path, "expected UTF-8 text, a header and rows; cut off, or a quote left open?"):
         data = path.read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        lines = enumerate(re.split("\r\n|\r|\n", text), 1)
-        lines = [(number, line) for number, line in lines if line.strip(" \t,;")]
+        lines = io.StringIO(text, newline=None).readlines()
+        separator = max(",;\t", key=lines[0].count)
+        table = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
         if path.suffix == ".txt":
-            lines = [(number, ",".join(line.split())) for number, line in lines]
+            table = [line.split() for line in lines]
             if "partition" in path.name:  # has no header
-                lines.insert(0, (0, "image_id,partition"))
+                table.insert(0, ["image_id", "partition"])
             else:  # first the number of rows, then the names of the 40 attributes
-                (_, announced), (number, names), *lines = lines
-                if announced != str(len(lines)):
-                    raise BadInput(f"{path}: announces {announced[:20]} rows, has {len(lines)}")
-                lines.insert(0, (number, f"image_id,{names}"))
-        if len(lines) < 2 or "\0" in text:
-            raise BadInput(f"{path}: no rows; was it downloaded completely, and is it text?")
-    separator = max(",;\t", key=lines[0][1].count)
-    table = []
-    for number, line in lines:
-        if line.count('"') % 2:
-            raise BadInput(f"{path} line {number}: a quote is opened and not closed")
-        table.append([cell.strip() for cell in next(csv.reader([line], delimiter=separator))])
-        if len(table[-1]) != len(table[0]):
-            cells = f"{len(table[-1])} cells where the header has {len(table[0])}"
-            raise BadInput(f"{path} line {number}: {cells}; cut off, or {separator!r} in a name?")
-    header = [cell.lower() for cell in table[0]]
-    place = {}
+                (announced,), names, *rows = table
+                if int(announced) != len(rows):
+                    raise BadInput(f"{path}: announces {announced} rows, has {len(rows)}")
+                table = [["image_id", *names], *rows]
+        header, *rows = [row for row in table if "".join(row).strip()]
+        uneven = [row for row in rows if len(row) != len(header)]
+        if uneven or not rows:
+            where = f"first in '{separator.join(uneven[0])[:80]}'" if uneven else "it holds no rows"
+            raise BadInput(f"{path}: every row needs {len(header)} cells, as the header; {where}")
+    header = [name.strip().lower() for name in header]
+    columns = {}
     for key, names in wanted.items():
-        found = [name.lower() for name in names if name.lower() in header]
+        found = [header.index(name.lower()) for name in names if name.lower() in header]
         if not found:
             needed = f"no column {' or '.join(names)} in the header {','.join(header)[:120]}"
             raise BadInput(f"{path}: {needed}; a header of img_filename,y,place,split is expected")
-        place[key] = header.index(found[0])
-    rows = []
-    for (number, _), cells in zip(lines[1:], table[1:]):
-        rows.append({"line": number, **{key: cells[i] for key, i in place.items()}})
-    return rows
+        columns[key] = [row[found[0]].strip() for row in rows]
+    return columns
 
 
-def _codes(path, rows, key, label):
-    """A column of classes or attributes as people write it -> int64 (N,) and the names of its
-    values. Whole numbers stay (1, 1.0, True); -1 and 1 become 0 and 1; words, in alphabetical
-    order, are numbered."""
-    words = sorted({row[key] for row in rows})
-    codes, numbers = {}, {"true": "1", "false": "0"}
-    for word in words:
-        number = numbers.get(word.lower(), word)
-        codes[word] = int(float(number)) if re.fullmatch(r"-?\d{1,3}(\.0*)?", number) else None
-    texts = [row for row in rows if codes[row[key]] is None]
-    if len(texts) == len(rows) and "" not in codes:
-        return np.searchsorted(words, [row[key] for row in rows]), words
-    if sorted(codes.values(), key=str) == [-1, 1]:
-        codes = {word: max(code, 0) for word, code in codes.items()}
-    odd = [row for row in rows if not row[key]]  # else what is rarer, words or numbers
-    if texts and not odd:
-        rest = [row for row in rows if codes[row[key]] is not None]
-        odd = texts if len(texts) <= len(rest) else rest
-    odd = odd or [row for row in rows if codes[row[key]] < 0]
-    if odd:
-        expected = "a whole number from 0 to 999 in every row, or a word in every row"
-        where = f"{path} line {odd[0]['line']}: {label} is {odd[0][key]!r}"
-        raise BadInput(f"{where}; expected {expected}")
-    values = np.array([codes[row[key]] for row in rows])
-    return values, [f"{key}={code}" for code in range(values.max() + 1)]
+def number_values(values, label):
+    """A column of classes or attributes -> int64 (N,) and the names of its values, numbered from 0:
+    numbers by size, so that -1 and 1, or 0.0 and 1.0, become 0 and 1; words by the alphabet."""
+    try:
+        names, codes = np.unique(np.array(values, dtype=float), return_inverse=True)
+        names = [f"{label}={value:g}" for value in names]
+    except ValueError:
+        names, codes = np.unique(values, return_inverse=True)
+    return codes, list(map(str, names))
 
 
-def make_table(source, folder, rows, attributes=None):
-    """The Table of rows {"file", "y", "a", "split"}, after the checks that need all of them.
-    source: the file that they come from, or the name by which read_table knows them; files are
-    relative to folder; attributes: names of class and spurious attribute."""
-    labels = attributes or ("y", "the spurious attribute")
-    rows = [{"line": "?", **row} for row in rows]
-    root, files = _locate(source, Path(folder), rows)
-    (y, classes), (a, places) = (_codes(source, rows, k, n) for k, n in zip("ya", labels))
-    for row in rows:
-        row["split"] = SPLIT_WORDS.get(str(row["split"]).lower().removesuffix(".0"))
-        if row["split"] is None:
-            expected = "split is not 0, 1, 2 or train, val, test"
-            raise BadInput(f"{source} line {row['line']}: {expected}")
-    split = np.array([row["split"] for row in rows])
-    g, n_groups = y * len(places) + a, len(classes) * len(places)
+def make_table(source, folder, files, y, a, split, labels=("y", "a")):
+    """The Table of N images: lists of files, relative to folder, to the working directory or in
+    full, of classes, spurious attributes and splits, as words or numbers. source: the file that
+    they come from, or the name by which read_table knows them. Raises BadInput."""
+    files = [str(file).replace("\\", "/") for file in files]
+    for label, column in zip((*labels, "split"), (y, a, split)):
+        blank = [file for file, value in zip(files, column) if str(value).lower() in ("", "nan")]
+        if blank:
+            raise BadInput(f"{source}: {label} is empty for {blank[0]}; fill it or take it out")
+    parts = [SPLIT_WORDS.get(str(word).lower().removesuffix(".0")) for word in split]
+    if None in parts:
+        odd = f"split of {files[parts.index(None)]} is {split[parts.index(None)]}"
+        raise BadInput(f"{source}: {odd}; expected 0, 1, 2 or train, val, test")
+    (y, classes), (a, places) = (number_values(*pair) for pair in zip((y, a), labels))
+    g, split, n_groups = y * len(places) + a, np.array(parts), len(classes) * len(places)
     counts = [np.bincount(g[split == i], minlength=n_groups).tolist() for i in range(3)]
-    if classes == ["y=0", "y=1"] and places == ["a=0", "a=1"]:  # words are the user's own names
-        classes, places = _known_names(source, files, counts, attributes)
+    kind = known_set(files, counts, labels)
+    sizes = (len(classes), len(places))
+    if kind and sizes == (2, 2) and "=" in classes[0] and "=" in places[0]:  # else the user's names
+        classes, places = NAMES[kind]
+        if counts != OFFICIAL_COUNTS[kind]:
+            official = f"the official {kind} has {OFFICIAL_COUNTS[kind]}"
+            warn(f"{source}: images per group in train, val, test are {counts}; {official}")
     groups = describe_groups(classes, places, counts[0])
     for name, n in zip(SPLITS, counts):
-        empty = [group["name"] for group, images in zip(groups, n) if images == 0]
-        if len(classes) < 2 or len(places) < 2 or sum(n) == 0 or (empty and name == "train"):
-            needs = "every class with every spurious attribute in training, two or more of each,"
-            raise BadInput(f"{source}: needs {needs} and all three splits; images: {counts}")
+        empty = ", ".join(group["name"] for group, images in zip(groups, n) if images == 0)
+        if min(sizes) < 2 or sum(n) == 0 or (empty and name == "train"):
+            needs = "two or more classes and attributes, each pair in training, and three splits"
+            missing = f"{name} has no image of {empty[:200] or 'another kind'}"
+            raise BadInput(f"{source}: needs {needs}; {missing}")
         if empty:
-            out = f"not in the worst group of {name}"
-            warn(f"{source}: no {name} image of {', '.join(empty)}; {out}")
-    first, splits, others = {}, 0, 0  # rows that repeat an image, in another split, class
-    for file, part, label in zip(files, split.tolist(), y.tolist()):
-        before = first.setdefault(file, (part, label))
-        splits += before[0] != part
-        others += before[1] != label
-    if splits or others:
-        told = f"{splits} rows repeat an image of another split, {others} one of another class"
-        warn(f"{source}: {told}")
-    return Table(str(source), root, files, y, a, g, split, list(classes), groups)
+            warn(f"{source}: no {name} image of {empty}; not in the worst group of {name}")
+    for values, what in ((parts, "split"), (y.tolist(), "class")):
+        twice = len({*zip(files, values)}) - len({*files})
+        if twice:
+            warn(f"{source}: {twice} images stand in more than one {what}")
+    root = folder = Path(folder).absolute()
+    for place in [folder / name for name in IMAGE_FOLDERS] + [Path.cwd()]:
+        if (place / files[0]).is_file():
+            root = place
+            break
+    return Table(str(source), root, files, y, a, g, split, classes, groups)
 
 
-def _known_names(source, files, counts, attributes):
-    """Names of classes and attributes: those of Waterbirds or CelebA where it is that set."""
-    cub = r"(.*/)?\d{3}\.\w+/\w+_\d+_\d+\.jpg"  # the file names of CUB-200-2011
-    kind = "celeba" if attributes and tuple(attributes) == ("Blond_Hair", "Male") else None
-    if all(re.fullmatch(cub, file) for file in files):
-        kind = "waterbirds"
-    for known, official in OFFICIAL_COUNTS.items():
-        kind = known if counts == official else kind
-    if kind and counts != OFFICIAL_COUNTS[kind]:
-        official = f"the official {kind} has {OFFICIAL_COUNTS[kind]}"
-        warn(f"{source}: images per group in train, val, test are {counts}; {official}")
-    y, a = attributes or ("y", "a")
-    return NAMES.get(kind, ([f"{y}=0", f"{y}=1"], [f"{a}=0", f"{a}=1"]))
-
-
-def _locate(source, folder, rows):
-    """The folder that holds the images, and their names relative to it. A table may name them
-    relative to its folder, to the working directory or in full, but not outside of its folder."""
-    first = str(rows[0]["file"]).replace("\\", "/")
-    prefixes = [f"{path}/" for path in (os.path.abspath(folder), os.path.realpath(folder))]
-    prefixes += [] if _find(folder, first) else [f"{os.path.relpath(folder)}/"]
-    files = []
-    for row in rows:
-        file = str(row["file"]).replace("\\", "/")
-        for prefix in prefixes:
-            file = file.removeprefix(prefix)
-        if re.search(r"^$|^[/~]|^\w:|(^|/)\.\.(/|$)|\0", file):
-            where = f"file name {file[:80]!r} is empty or leads out of {folder}"
-            raise BadInput(f"{source} line {row['line']}: {where}")
-        files.append(file)
-    return _find(folder, files[0]) or folder, files
-
-
-def _find(folder, file):
-    """The first of the usual places under `folder` that has the file, or None."""
-    for place in IMAGE_FOLDERS:
-        if (folder / place / file).is_file():
-            return folder / place
-    return None
+def known_set(files, counts, labels):
+    """'waterbirds', 'celeba' or None, by file names, attributes or the number of images."""
+    if all(re.search(r"\d{3}\.\w+/\w+_\d+_\d+\.jpg$", file) for file in files):
+        return "waterbirds"  # the file names of CUB-200-2011
+    kinds = [kind for kind, official in OFFICIAL_COUNTS.items() if official == counts]
+    return "celeba" if tuple(labels) == CELEBA else next(iter(kinds), None)
 
 
 def describe_groups(classes, attributes, train_counts):
@@ -346,9 +297,7 @@ def synthetic_table():
     g = np.concatenate([rng.permutation(np.repeat(np.arange(4), n)) for n in counts])
     split = np.repeat(np.arange(3), [sum(n) for n in counts])
     files = [f"{SPLITS[part]}/{i:05d}" for i, part in enumerate(split)]
-    classes, places = NAMES["waterbirds"]
-    groups = describe_groups(classes, places, counts[0])
-    return Table("synthetic", Path(), files, g // 2, g % 2, g, split, classes, groups)
+    return make_table("synthetic", "", files, g // 2, g % 2, split)
 
 
 def _uniform(rng, n, low, high, *channels):
@@ -744,6 +693,11 @@ def evaluate(model, batches, groups):
     return group_report(logits.argmax(1), y, g, groups)
 
 
+def short(group):
+    """'G1*': a group's number, starred where it is a minority group."""
+    return f"G{group['group']}{'*' if group['minority'] else ''}"
+
+
 def in_percent(report):
     """Group accuracies of a report in one line, minority groups starred."""
     cells = []
@@ -751,6 +705,44 @@ def in_percent(report):
         star = "*" if row["minority"] else ""
         cells.append(f"{100 * row['acc']:5.1f}{star}" if row["n"] else "-")
     return " ".join(cells)
+
+
+def plot_groups(ax, reports):
+    """Figure 1: group accuracies of two reports, {label: report}, side by side, as bars; n: images
+    of the first."""
+    styles = ({"color": "0.75"}, {"color": "0.35", "hatch": "///"})
+    for offset, style, (label, report) in zip((-0.2, 0.2), styles, reports.items()):
+        rows = report["groups"]
+        places = [i + offset for i in range(len(rows))]
+        heights = [100 * (row["acc"] or 0) for row in rows]
+        bars = ax.bar(places, heights, 0.4, edgecolor="white", label=label, **style)
+        cells = [f"{100 * row['acc']:.1f}" if row["n"] else "no image" for row in rows]
+        ax.bar_label(bars, cells, fontsize=8)
+    first = next(iter(reports.values()))["groups"]
+    ticks = [f"{short(row)}\n{row['name']}\nn = {row['n']}" for row in first]
+    ax.set_xticks(range(len(rows)), ticks, fontsize=7)
+    ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20))
+    ax.legend(loc="upper center", ncols=2, fontsize=8)
+
+
+def plot_epochs(log, selected):
+    """Training and validation accuracy of every group over the epochs of a log, a panel each, and
+    an empty panel for the loss -> figure and that panel."""
+    groups, epochs = log[0]["train"]["groups"], [row["epoch"] for row in log]
+    fig = Figure(figsize=(2.7 * (len(groups) + 1), 2.6), layout="constrained")
+    axes = fig.subplots(1, len(groups) + 1)
+    for j, (ax, group) in enumerate(zip(axes, groups)):
+        for name, style in (("train", {"color": "0.6"}), ("val", {"color": "0.0", "ls": "--"})):
+            accuracies = [row[name]["groups"][j]["acc"] for row in log]
+            percent = [math.nan if acc is None else 100 * acc for acc in accuracies]
+            ax.plot(epochs, percent, label=name, **style)
+        ax.set(title=f"{short(group)} {group['name']}", ylim=(-3, 103))
+    axes[0].set_ylabel("accuracy (%)")
+    axes[0].legend(loc="lower right", fontsize=8)
+    for ax in axes:
+        ax.axvline(selected, color="0.8", ls=":", zorder=0)
+        ax.set_xlabel("epoch")
+    return fig, axes[-1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -983,15 +975,9 @@ def accuracy_under(model, batches, variants, unit="channel"):
                 for i, logits in zip(asked, found):
                     after = logits.argmax(1) == y[g == j]
                     row = counts[i].setdefault(j, dict.fromkeys(COUNTS, 0))
-                    pairs = (
-                        torch.ones_like(before),
-                        before,
-                        after,
-                        before & ~after,
-                        ~before & after,
-                    )
-                    for key, images in zip(COUNTS, pairs):
-                        row[key] += int(images.sum())
+                    images = (before | ~before, before, after, before & ~after, ~before & after)
+                    for key, which in zip(COUNTS, images):
+                        row[key] += int(which.sum())
     return counts
 
 
@@ -1013,16 +999,18 @@ def sample_groups(g, groups, most=None, whole=(), seed=0):
 # Arguments that leave the results alone; data and start are compared by fingerprint instead
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 STOP_SIGNALS += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
-NOT_SETTINGS = {
-    "run",
-    "name",
-    "data",
-    "checkpoint",
-    "device",
-    "workers",
-    "overwrite",
-    "keep_epochs",
-}
+NOT_SETTINGS = {"run", "name", "data", "checkpoint", "device", "workers", "overwrite"}
+NOT_SETTINGS |= {"keep_epochs"}
+
+
+def make_parser(description, notes):
+    """The parser of a stage, with --run; what it refuses is one line, exit code 2."""
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=form)
+    p.allow_abbrev = False
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
+    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    return p
 
 
 def check_flags(args, *positive):

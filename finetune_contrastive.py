@@ -16,7 +16,6 @@ Starts from a checkpoint of RUN/erm and writes RUN/NAME/: args.json, log.jsonl, 
 last.pt, groups.png, curves.png, results.json. The same command again continues an interrupted run.
 """
 
-import argparse
 import json
 import math
 import os
@@ -76,9 +75,7 @@ does.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, epilog=NOTES, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    p = common.make_parser(__doc__, NOTES)
     p.add_argument("--name", default="finetune", help="folder in RUN, to keep several (finetune)")
     g = p.add_argument_group("start")
     g.add_argument("--kick-in", type=int, metavar="N", help="epoch of ERM to start from (40)")
@@ -323,8 +320,7 @@ def main(args):
         saved, _ = common.load_model(path, args.device)
         test = common.evaluate(saved, evaluated["test"], groups)
         results[key] = {"train": log[epoch]["train"], "val": log[epoch]["val"], "test": test}
-    plot_groups(results, folder / "groups.png")
-    plot_curves(log, best["epoch"], folder / "curves.png")
+    plot(results, log, folder)
     common.write_json(folder / "results.json", results)
     print_table(results)
     print(f"wrote {folder}/")
@@ -444,55 +440,24 @@ def print_table(results):
     print(f"last epoch: test worst group {last:.1f}")
 
 
-def plot_groups(results, path):
-    """Training and test accuracy of every group before and after fine-tuning."""
-    groups = results["before"]["train"]["groups"]
-    fig = Figure(figsize=(4 + 2 * len(groups), 3.4), layout="constrained")
-    axes = fig.subplots(1, 2, sharey=True)
-    styles = {"before": ("before", -0.2, {"color": "0.75"})}
-    styles["splits"] = ("after", 0.2, {"color": "0.35", "hatch": "///"})
-    for ax, name in zip(axes, ("train", "test")):
-        for key, (label, offset, style) in styles.items():
-            rows = results[key][name]["groups"]
-            places, heights = np.arange(len(rows)) + offset, [100 * (g["acc"] or 0) for g in rows]
-            bars = ax.bar(places, heights, 0.4, label=label, edgecolor="white", **style)
-            labels = [f"{100 * g['acc']:.1f}" if g["n"] else "no image" for g in rows]
-            ax.bar_label(bars, labels, fontsize=8)
-        ticks = []
-        for g in rows:
-            ticks.append(f"G{g['group']}{'*' if g['minority'] else ''}\n{g['name']}\nn = {g['n']}")
-        ax.set_xticks(range(len(rows)), ticks, fontsize=7)
-        ax.set(title=name, ylim=(0, 122), yticks=range(0, 101, 20))
-    axes[0].set_ylabel("accuracy (%)")
-    axes[0].legend(loc="upper center", ncols=2, fontsize=8)
+def plot(results, log, folder):
+    """Every group before and after; and all epochs (0: as ERM left it) with the loss's terms."""
+    fig = Figure(figsize=(4 + 2 * len(log[0]["train"]["groups"]), 3.4), layout="constrained")
+    for ax, name in zip(fig.subplots(1, 2), ("train", "test")):
+        pair = {"before": results["before"][name], "after": results["splits"][name]}
+        common.plot_groups(ax, pair)
+        ax.set_title(name)
     heading = f"Group accuracy before and after fine-tuning ({results['method']}, * minority)"
     fig.suptitle(heading, fontsize=11)
-    common.save_figure(fig, path)
-
-
-def plot_curves(log, selected, path):
-    """Accuracy of every group over the epochs (0: as ERM left it), and the terms of the loss."""
-    groups, epochs = log[0]["train"]["groups"], [row["epoch"] for row in log]
-    fig = Figure(figsize=(2.7 * (len(groups) + 1), 2.6), layout="constrained")
-    axes = fig.subplots(1, len(groups) + 1)
-    for j, (ax, group) in enumerate(zip(axes, groups)):
-        for name, style in (("train", {"color": "0.6"}), ("val", {"color": "0.0", "ls": "--"})):
-            accuracies = [row[name]["groups"][j]["acc"] for row in log]
-            percent = [math.nan if acc is None else 100 * acc for acc in accuracies]
-            ax.plot(epochs, percent, label=name, **style)
-        title = f"G{j}{'*' if group['minority'] else ''} {group['name']}"
-        ax.set(title=title, ylim=(-3, 103), xlabel="epoch")
-    axes[0].set_ylabel("accuracy (%)")
-    axes[0].legend(loc="lower right", fontsize=8)
+    common.save_figure(fig, folder / "groups.png")
+    fig, ax = common.plot_epochs(log, results["selected_epoch"])
     for i, name in enumerate(log[-1]["terms"]):
         values = [row["terms"].get(name, math.nan) for row in log[1:]]
         style = {"color": str(0.2 * i % 0.8), "ls": ("--", "-", "-.")[i % 3]}
-        axes[-1].plot(epochs[1:], values, label=name, **style)
-    axes[-1].set(title="loss terms", ylabel="loss", xlabel="epoch")
-    axes[-1].legend(fontsize=8)
-    for ax in axes:
-        ax.axvline(selected, color="0.8", ls=":", zorder=0)
-    common.save_figure(fig, path)
+        ax.plot(range(1, len(log)), values, label=name, **style)
+    ax.set(title="loss terms", ylabel="loss")
+    ax.legend(fontsize=8)
+    common.save_figure(fig, folder / "curves.png")
 
 
 if __name__ == "__main__":

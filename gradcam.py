@@ -11,7 +11,6 @@ two controls, the network before with a new head and a centred Gaussian. Writes 
 whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv and focus.png.
 """
 
-import argparse
 import copy
 import itertools
 import math
@@ -34,7 +33,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import common
-from common import BadInput
+from common import BadInput, short
 
 FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.csv", "focus.png")
 MEASURES = {"mass": "mass inside the object", "pointing": "pointing game"}
@@ -55,9 +54,7 @@ NOTES = """In brackets: the default.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, epilog=NOTES, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    p = common.make_parser(__doc__, NOTES)
     g = p.add_argument_group("networks")
     g.add_argument("--before", type=Path, help="upper row (RUN/erm/best.pt)")
     after = "rows below (RUN/finetune/best.pt)"
@@ -111,7 +108,7 @@ def main(args):
     else:
         index = choose_images(test, args.groups, args.n, args.seed)
         x, y, g, _ = default_collate([test[i] for i in index])
-        captions = [starred(table.groups[j]) for j in g.tolist()]
+        captions = [f"{short(table.groups[j])} {table.groups[j]['name']}" for j in g.tolist()]
         shapes = None
         if args.masks or built_in:
             shapes, _ = object_masks(test, index, checkpoint["size"], args.masks)
@@ -449,10 +446,6 @@ def one_network(image_map, logits):
     return {**says, "empty": bool(is_empty(image_map[None])[0])}
 
 
-def starred(group):
-    return f"{group['name']}{'*' if group['minority'] else ''}"
-
-
 def in_words(says, classes, label):
     """'landbird 93 %', with '(wrong)' behind it where it is."""
     wrong = label is not None and says["predicted"] != label
@@ -474,7 +467,7 @@ def print_focus(rows):
     for row in rows:
         if row["group"] != group:
             group, object_share = row["group"], f"object {100 * row['area']:.1f} % of the image"
-            print(f"{group} {starred(row)}, n = {row['n']}, {object_share}")
+            print(f"{short(row)} {row['name']}, n = {row['n']}, {object_share}")
         cells = " ".join(f"{key} {with_interval(row, key):26s}" for key in MEASURES)
         empty = f" empty {row['empty']}" if row["empty"] else ""
         print(f"  {row['model']:28s} {cells}{empty}".rstrip())
@@ -550,12 +543,12 @@ def plot_focus(rows, names, explained, path):
             style = {"fmt": marker, "mfc": fill, "mec": "black", "ecolor": "0.3", "capsize": 2}
             ax.errorbar(places, mean, [mean - low, high - mean], label=name, **style)
         ticks = []
-        for i, (j, row) in enumerate(groups.items()):
+        for i, row in enumerate(groups.values()):
             if key == "mass":
                 label = None if i else "object's share of the image"
                 ax.hlines(100 * row["area"], i - 0.4, i + 0.4, color="0.4", ls=":", label=label)
             name = textwrap.fill(row["name"], 12)
-            ticks.append(f"G{j}{'*' if row['minority'] else ''}\n{name}\nn = {row['n']}")
+            ticks.append(f"{short(row)}\n{name}\nn = {row['n']}")
         ax.set_xticks(range(len(groups)), ticks, fontsize=7)
         ax.set_title(heading, fontsize=9)
         ax.grid(axis="y", color="0.92")

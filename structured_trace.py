@@ -9,7 +9,6 @@ recorded, signed, in percentage points. Reads RUN/erm/best.pt and its data; writ
 (as a whole): args.json, layers.csv, fig07_layers.png, results.json.
 """
 
-import argparse
 import os
 import signal
 from pathlib import Path
@@ -38,9 +37,7 @@ NOTES = """In brackets: the default.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, epilog=NOTES, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    p = common.make_parser(__doc__, NOTES)
     g = p.add_argument_group("what is traced")
     g.add_argument("--checkpoint", type=Path, help="model to trace (RUN/erm/best.pt)")
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
@@ -145,7 +142,7 @@ def print_summary(summary, groups, k):
     print(f"\nChange in training accuracy by zeroing {k} neurons of one layer, points, * minority")
     for criterion, found in summary.items():
         for row, group in zip(found["groups"], groups):
-            name = f"{row['group']} {group['name']}{'*' if group['minority'] else ''}"
+            name = f"{common.short(group)} {group['name']}"
             largest = f"largest {row['largest']:+7.2f} in {row['layer']}"
             print(f"{criterion:10s} {name:30s} mean {row['mean']:+7.2f}  {largest}")
         spread = "no minority accuracy changed"
@@ -168,7 +165,7 @@ def plot_heat(heat, layers, groups, k, path):
         for i, j in zip(*np.nonzero(values > 0)):
             colour = "white" if values[i, j] > most / 2 else "black"
             ax.text(j, i, "+", ha="center", va="center", fontsize=7, color=colour)
-        names = [f"G{g['group']}{'*' if g['minority'] else ''} {g['name']}" for g in groups]
+        names = [f"{common.short(g)} {g['name']}" for g in groups]
         ax.set_yticks(range(len(groups)), names, fontsize=8)
         ax.set_title(f"{k} neurons of largest {criterion}", fontsize=10)
     axes[1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)

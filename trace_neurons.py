@@ -12,7 +12,6 @@ RUN/erm/best.pt and its data; writes RUN/trace/ (as a whole): args.json, neurons
 figures, results.json.
 """
 
-import argparse
 import math
 import os
 import signal
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import Subset
 
 import common
-from common import Variant
+from common import Variant, short
 
 FILES = ["args.json", "neurons.csv", "accuracy.csv", "fig0*.png", "fig1*.png", "results.json"]
 CRITERIA = ("gradient", "magnitude")
@@ -58,9 +57,7 @@ NOTES = """In brackets: the default.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, epilog=NOTES, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    p = common.make_parser(__doc__, NOTES)
     g = p.add_argument_group("what is traced")
     g.add_argument("--checkpoint", type=Path, help="model to trace (RUN/erm/best.pt)")
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
@@ -388,10 +385,6 @@ def averages(cells):
     return {"points": points, "images": images}
 
 
-def title(group):
-    return f"G{group['group']}{'*' if group['minority'] else ''}"
-
-
 def print_memorised(reports):
     """What there is to trace: images the model gets right, and training minus test accuracy."""
     head = f"{'train right':>16s} {'train %':>8s} {'test %':>8s} {'difference':>11s}"
@@ -401,7 +394,7 @@ def print_memorised(reports):
         gap = "       -"
         if test["n"]:
             gap = f"{100 * test['acc']:8.1f} {100 * (train['acc'] - test['acc']):+11.1f}"
-        print(f"{title(train)} {train['name']:28s} {right:>16s} {100 * train['acc']:8.1f} {gap}")
+        print(f"{short(train)} {train['name']:28s} {right:>16s} {100 * train['acc']:8.1f} {gap}")
 
 
 def print_tables(results, groups):
@@ -412,7 +405,7 @@ def print_tables(results, groups):
         if line["table"] != table:
             table = line["table"]
             note = ": every group under every set, zeroed" if table == "Matrix" else ""
-            print(f"\n{table + note:44s}" + "".join(f"{title(group):>18s}" for group in groups))
+            print(f"\n{table + note:44s}" + "".join(f"{short(group):>18s}" for group in groups))
         cells = []
         for points, images in zip(line["points"], line["images"]):
             cells.append("-" if points is None else f"{points:+.2f} ({images:+.1f})")
@@ -459,7 +452,7 @@ def plot_changes(rows, groups, args, how, sigmas, path):
         if zero:
             plot_null(ax, rows, groups)
         ax.axhline(0, color="black", lw=0.6)
-        names = [f"{title(g)}\n" + g["name"].replace(" on ", "\non ") for g in groups]
+        names = [f"{short(g)}\n" + g["name"].replace(" on ", "\non ") for g in groups]
         ax.set_xticks(range(len(groups)), names, fontsize=7)
         ax.set_title(f"{criterion}{f', sigma = {sigma}' if sigma else ''}", fontsize=10)
         ax.grid(axis="y", color="0.9")
@@ -506,7 +499,7 @@ def plot_ranks(neurons, shown, path):
 def plot_layers(neurons, groups, layers, shown, path):
     """Figure 8: in which layers the critical neurons lie, a row per set, layers in network
     order."""
-    sets = {("gradient", g["group"]): f"gradient {title(g)}" for g in groups}
+    sets = {("gradient", g["group"]): f"gradient {short(g)}" for g in groups}
     sets["magnitude", "all"] = "magnitude"
     counts = np.zeros((len(sets), len(layers)), int)
     for row in neurons:
@@ -528,7 +521,5 @@ def plot_layers(neurons, groups, layers, shown, path):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    with common.script(
-        arguments.run / "trace", "nothing was written; the same command starts again"
-    ):
+    with common.script(arguments.run / "trace", "nothing was written; start it again"):
         main(arguments)

@@ -9,7 +9,6 @@ best.pt, last.pt, epoch_NNN.pt (NNN: epochs finished), fig01_group_accuracy.png,
 results.json. The same command again continues an interrupted run; a larger --epochs extends it.
 """
 
-import argparse
 import json
 import math
 import os
@@ -51,9 +50,7 @@ built-in set.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, epilog=NOTES, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    p = common.make_parser(__doc__, NOTES)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="synthetic", help="folder, metadata csv or 'synthetic'")
     hair = ["Blond_Hair", "Male"]
@@ -167,20 +164,13 @@ def main(args):
     # The test split is read here and nowhere else: for the selected epoch and the last one
     results = {"stage": "erm", "source": table.source, "arch": args.arch, "select": args.select}
     results |= {"epochs": args.epochs, "selected_epoch": best["epoch"]}
-    for key, name, epoch in (
-        ("splits", "best.pt", best["epoch"]),
-        ("last", "last.pt", args.epochs),
-    ):
+    networks = {"splits": ("best.pt", best["epoch"]), "last": ("last.pt", args.epochs)}
+    for key, (name, epoch) in networks.items():
         saved, _ = common.load_model(folder / name, args.device)
-        test = common.evaluate(saved, loaders["test"], table.groups)
-        results[key] = {
-            "train": log[epoch - 1]["train"],
-            "val": log[epoch - 1]["val"],
-            "test": test,
-        }
+        test, row = common.evaluate(saved, loaders["test"], table.groups), log[epoch - 1]
+        results[key] = {"train": row["train"], "val": row["val"], "test": test}
     # results.json comes last: where it stands, the run is whole
-    plot_groups(results, folder / "fig01_group_accuracy.png")
-    plot_curves(log, best["epoch"], folder / "curves.png")
+    plot(results, log, folder)
     common.write_json(folder / "results.json", results)
     print_table(results, table.groups)
     print(f"wrote {folder}/")
@@ -226,50 +216,18 @@ def print_table(results, groups):
         print(f"{name:32s} {'':8s} {cells}")
 
 
-def plot_groups(results, path):
-    """Figure 1: training and test accuracy of every group at the selected epoch."""
-    groups = results["splits"]["train"]["groups"]
-    fig = Figure(figsize=(2 + 1.3 * len(groups), 3.6), layout="constrained")
+def plot(results, log, folder):
+    """Figure 1, at the selected epoch; and all epochs with their loss."""
+    selected, reports = results["selected_epoch"], results["splits"]
+    fig = Figure(figsize=(2 + 1.3 * len(reports["train"]["groups"]), 3.6), layout="constrained")
     ax = fig.subplots()
-    styles = {"train": {"color": "0.75"}, "test": {"color": "0.35", "hatch": "///"}}
-    for offset, (name, style) in zip((-0.2, 0.2), styles.items()):
-        rows = results["splits"][name]["groups"]
-        places = [row["group"] + offset for row in rows]
-        heights = [100 * (row["acc"] or 0) for row in rows]
-        bars = ax.bar(places, heights, 0.4, edgecolor="white", label=name, **style)
-        labels = [f"{100 * row['acc']:.1f}" if row["n"] else "no image" for row in rows]
-        ax.bar_label(bars, labels, fontsize=8)
-    ticks = []
-    for g in groups:
-        star = "*" if g["minority"] else ""
-        ticks.append(f"G{g['group']}{star}\n{g['name']}\nn = {g['n']}")
-    ax.set_xticks(range(len(groups)), ticks, fontsize=8)
-    title = f"Group accuracy, ERM, epoch {results['selected_epoch']} (* minority)"
-    ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20), title=title)
-    ax.legend(loc="upper center", ncols=2, fontsize=8)
-    common.save_figure(fig, path)
-
-
-def plot_curves(log, selected, path):
-    """Training and validation accuracy of every group over the epochs, and the training loss."""
-    groups = log[0]["train"]["groups"]
-    epochs = [row["epoch"] for row in log]
-    fig = Figure(figsize=(2.7 * (len(groups) + 1), 2.6), layout="constrained")
-    axes = fig.subplots(1, len(groups) + 1)
-    for j, (ax, group) in enumerate(zip(axes, groups)):
-        for name, style in (("train", {"color": "0.6"}), ("val", {"color": "0.0", "ls": "--"})):
-            accuracies = [row[name]["groups"][j]["acc"] for row in log]
-            percent = [math.nan if acc is None else 100 * acc for acc in accuracies]
-            ax.plot(epochs, percent, label=name, **style)
-        title = f"G{j}{'*' if group['minority'] else ''} {group['name']}"
-        ax.set(title=title, ylim=(-3, 103), xlabel="epoch")
-    axes[0].set_ylabel("accuracy (%)")
-    axes[0].legend(loc="lower right", fontsize=8)
-    axes[-1].plot(epochs, [row["loss"] for row in log], color="0.3")
-    axes[-1].set(title="training loss", ylabel="cross entropy", xlabel="epoch")
-    for ax in axes:
-        ax.axvline(selected, color="0.8", ls=":", zorder=0)
-    common.save_figure(fig, path)
+    common.plot_groups(ax, {name: reports[name] for name in ("train", "test")})
+    ax.set_title(f"Group accuracy, ERM, epoch {selected} (* minority)")
+    common.save_figure(fig, folder / "fig01_group_accuracy.png")
+    fig, ax = common.plot_epochs(log, selected)
+    ax.plot([row["epoch"] for row in log], [row["loss"] for row in log], color="0.3")
+    ax.set(title="training loss", ylabel="cross entropy")
+    common.save_figure(fig, folder / "curves.png")
 
 
 if __name__ == "__main__":

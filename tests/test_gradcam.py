@@ -318,7 +318,7 @@ def test_own_files_and_no_masks(run):
     results = draw(run, "--images", file, "--masks", run.parent / "masks")
     assert results["target"] == "predicted" and results["focus"] == []
     assert results["images"][0]["label"] is None
-    assert draw(run, "--groups", 3, "--n", 2)["images"][1]["caption"] == "waterbird on water"
+    assert draw(run, "--groups", 3, "--n", 2)["images"][1]["caption"] == "G3 waterbird on water"
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_more_epochs_extend_a_run(train, erm_run, tmp_path, workers):
 
 STEP = (torch.optim.Adam, "step", 6), "SIGTERM", 143  # in epoch 2
 SAVE = (common, "save_checkpoint", 5), "SIGHUP", 129  # in front of a file of epoch 2
-FIGURE = (train_erm, "plot_curves", 1), "SIGINT", 130
+FIGURE = (train_erm, "plot", 1), "SIGINT", 130
 
 
 @pytest.mark.parametrize("place,stop,code", [STEP, SAVE, FIGURE])

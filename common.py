@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.func import functional_call
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -300,90 +301,87 @@ def synthetic_table():
     return make_table("synthetic", "", files, g // 2, g % 2, split)
 
 
-def _uniform(rng, n, low, high, *channels):
-    return rng.uniform(low, high, (n, 1, 1, *channels)).astype(np.float32)
+# Body, neck, beak and head of a drawn bird, in its own units: what lies in the middle of the two
+# classes, and half their distance. Waterbirds have longer bodies, necks and beaks
+PARTS = torch.tensor([[1.6, 1.02, 0.92, 0.4], [0.2, 0.48, 0.3, -0.04]])
 
 
-def _normal(rng, *shape):
-    return rng.standard_normal(shape, dtype=np.float32)
+def draw_parts(y, generator, difficulty=0.2):
+    """Sizes (N, 4) of the parts of birds of classes y (N,), 0 landbird or 1 waterbird; difficulty
+    is their spread within a class, in units of half the distance between the classes."""
+    sign = 2.0 * y[:, None] - 1
+    spread = difficulty * torch.randn(len(y), 4, generator=generator)
+    return PARTS[0] + PARTS[1] * (sign + spread).clamp(-2, 2)
 
 
-def _pixel_grid(size):
-    line = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # pixel centres in [-1, 1]
-    return np.meshgrid(line, line, indexing="ij")
+def draw_birds(parts, a, generator, size=48):
+    """The built-in set, a tiny Waterbirds: images uint8 (N, 3, S, S), exact bird masks bool
+    (N, S, S) and pose and texture, (N, 9), for parts (N, 4) and places a (N,), 0 land or
+    1 water."""
+    n = len(a)
 
+    def pick(low, high, channels=1):
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
 
-def draw_background(a, rng, size):
-    """Three waves across the picture, upright on land (a = 0), lying on water: (N, S, S, 3)."""
-    n, land, (row, col) = len(a), (a == 0)[:, None, None], _pixel_grid(size)
-    waves = np.zeros((n, size, size), np.float32)
-    for amplitude in (1.0, 0.6, 0.4):
-        frequency, slant = _uniform(rng, n, 4, 22), _uniform(rng, n, -2.5, 2.5)
-        along = np.where(land, frequency * col + slant * row, frequency * row + slant * col)
-        waves += amplitude * np.sin(along + _uniform(rng, n, 0, 6.28))
-    green, blue = np.float32([0.36, 0.44, 0.30]), np.float32([0.32, 0.43, 0.48])
-    colour = np.where(land[..., None], green, blue) + 0.09 * _normal(rng, n, 1, 1, 3)
-    return colour + 0.07 * waves[..., None] * _uniform(rng, n, 0.5, 1.5, 3)
+    line = (torch.arange(size) + 0.5) * 2 / size - 1  # pixel centres in [-1, 1]
+    row, col = torch.meshgrid(line, line, indexing="ij")
+    # Three waves across the picture, upright on land, lying on water
+    land, waves = (a == 0)[:, None, None, None], 0
+    for amplitude in (0.4, 0.6, 1.0):
+        frequency, slant = pick(4, 22), pick(-2.5, 2.5)
+        along = torch.where(land, frequency * col + slant * row, frequency * row + slant * col)
+        waves = waves + amplitude * (along + pick(0, 6.28)).sin()
+    colours = torch.tensor([[0.36, 0.44, 0.30], [0.32, 0.43, 0.48]])  # green, blue
+    colour = colours[a][:, :, None, None] + 0.09 * torch.randn(n, 3, 1, 1, generator=generator)
+    image = colour + 0.07 * waves * pick(0.5, 1.5, 3)
 
+    # The bird in its own frame: u from tail to beak, v downwards; turned, mirrored, scaled, moved
+    scale, angle, facing = pick(0.36, 0.52), pick(-0.35, 0.35), pick(-1, 1).sign()
+    right, down, lean, droop = pick(-0.25, 0.25), pick(-0.2, 0.3), pick(0.2, 0.9), pick(-0.1, 0.4)
+    col, row = col - right, row - down
+    u = (col * angle.cos() + row * angle.sin()) * facing / scale
+    v = (row * angle.cos() - col * angle.sin()) / scale
 
-def draw_birds(y, a, rng, size=48, difficulty=0.2):
-    """The built-in set, a tiny Waterbirds: images uint8 (N, 3, S, S) and exact bird masks, bool
-    (N, S, S), for classes y (0 landbird, 1 waterbird) and places a (0 land, 1 water), each (N,).
-    Waterbirds have longer bodies, necks and beaks; `difficulty` is the spread of these within a
-    class, in units of half the distance between the classes."""
-    n, image = len(y), draw_background(a, rng, size)
-    sign = np.where(y == 1, 1, -1)[:, None, None].astype(np.float32)
+    def stick(u0, v0, turn, length, width, end_width):  # with round ends; coverage of every pixel
+        along = ((u - u0) * turn.cos() + (v - v0) * turn.sin()) / length
+        along = along.clamp(0, 1)
+        du, dv = u - u0 - along * length * turn.cos(), v - v0 - along * length * turn.sin()
+        outside = torch.hypot(du, dv) - width - (end_width - width) * along
+        return (0.5 - outside * scale * size / 3).clamp(0, 1)
 
-    def by_class(middle, half):
-        return middle + half * np.clip(sign + difficulty * _normal(rng, n, 1, 1), -2, 2)
-
-    # The bird in its own frame: u from tail to beak, v downwards, turned, mirrored and scaled
-    body, neck = by_class(1.6, 0.2), by_class(1.02, 0.48)
-    beak, head = by_class(0.92, 0.3), by_class(0.4, -0.04)
-    scale, angle = _uniform(rng, n, 0.36, 0.52), _uniform(rng, n, -0.35, 0.35)
-    facing, (row, col) = np.sign(_uniform(rng, n, -1, 1)), _pixel_grid(size)
-    col, row = col - _uniform(rng, n, -0.25, 0.25), row - _uniform(rng, n, -0.2, 0.3)
-    u = (col * np.cos(angle) + row * np.sin(angle)) * facing / scale
-    v = (row * np.cos(angle) - col * np.sin(angle)) / scale
-
-    # Each part as coverage in [0, 1] of every pixel, from the signed distance to its outline
-    def cover(distance):
-        return np.clip(0.5 - distance * scale * size / 3, 0, 1)
-
-    def ellipse(u0, v0, half_u, half_v):
-        return cover((np.hypot((u - u0) / half_u, (v - v0) / half_v) - 1) * half_v)
-
-    def stick(u0, v0, du, dv, length, width, end_width):
-        along = np.clip(((u - u0) * du + (v - v0) * dv) / length, 0, 1)
-        away = np.hypot(u - u0 - along * length * du, v - v0 - along * length * dv)
-        return cover(away - width - (end_width - width) * along)
-
-    lean, droop = _uniform(rng, n, 0.2, 0.9), _uniform(rng, n, -0.1, 0.4)
-    head_u, head_v = 0.7 * body + neck * np.sin(lean), -0.35 - neck * np.cos(lean)
-    throat = stick(0.7 * body, -0.35, np.sin(lean), -np.cos(lean), neck, 0.34, 0.2)
-    bird = np.maximum(ellipse(0, 0, body, 0.75), throat)
-    bird = np.maximum(bird, ellipse(head_u, head_v, head, head))
-    bill = stick(head_u + 0.25, head_v, np.cos(droop), np.sin(droop), beak, 0.17, 0.03)
-    wing = ellipse(-0.25, -0.1, 0.6 * body, 0.45)[..., None]
-
-    plumage = _uniform(rng, n, 0.1, 0.85, 3) * (1 - wing * _uniform(rng, n, 0, 0.5, 1))
-    limits = ((0.3, 0.9), (0.2, 0.7), (0.05, 0.3))
-    orange = np.concatenate([_uniform(rng, n, low, high, 1) for low, high in limits], -1)
-    alpha = np.maximum(bird, bill)
-    image += alpha[..., None] * (np.where((bill > bird)[..., None], orange, plumage) - image)
-    image += 0.06 * _normal(rng, n, size, size, 3)
-    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    return pixels.transpose(0, 3, 1, 2), alpha > 0.5
+    body, neck, beak, head = parts[:, :, None, None, None].unbind(1)
+    level, head_u, head_v = (
+        torch.zeros(1),
+        0.7 * body + neck * lean.sin(),
+        -0.35 - neck * lean.cos(),
+    )
+    bird = stick(0.4 - body, 0, level, 2 * body - 1.1, 0.4, 0.7)
+    bird = bird.maximum(stick(0.7 * body, -0.35, lean - math.pi / 2, neck, 0.34, 0.2))
+    bird = bird.maximum(stick(head_u, head_v, level, 0.01, head, head))
+    bill = stick(head_u + 0.25, head_v, droop, beak, 0.17, 0.03)
+    wing = stick(-0.7 * body, -0.1, level, 0.8 * body, 0.2, 0.4)
+    plumage = pick(0.1, 0.85, 3) * (1 - wing * pick(0, 0.5))
+    orange = torch.cat([pick(0.3, 0.9), pick(0.2, 0.7), pick(0.05, 0.3)], 1)
+    alpha = bird.maximum(bill)
+    image += alpha * (torch.where(bill > bird, orange, plumage) - image)
+    image += 0.06 * torch.randn(n, 3, size, size, generator=generator)
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    pose = [facing, angle, scale, right, down, lean, droop, frequency, slant]
+    return pixels, alpha[:, 0] > 0.5, torch.cat(pose, 1).flatten(1)
 
 
 @functools.lru_cache
 def draw_split(split, size, difficulty):
     """All images and masks of a split of the built-in set, once a process: see draw_birds."""
-    table, rng = synthetic_table(), np.random.default_rng([0, SPLITS.index(split)])
+    table, generator = synthetic_table(), torch.Generator().manual_seed(SPLITS.index(split))
     rows = np.flatnonzero(table.split == SPLITS.index(split))
-    parts = np.split(rows, range(500, len(rows), 500))
-    drawn = [draw_birds(table.y[p], table.a[p], rng, size, difficulty) for p in parts]
-    return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*drawn))
+    images, masks = [], []
+    for some in np.split(rows, range(100, len(rows), 100)):  # what fits into the cache
+        y, a = torch.from_numpy(table.y[some]), torch.from_numpy(table.a[some])
+        drawn = draw_birds(draw_parts(y, generator, difficulty), a, generator, size)
+        images.append(drawn[0])
+        masks.append(drawn[1])
+    return torch.cat(images), torch.cat(masks)
 
 
 def read_image(path):
@@ -394,13 +392,12 @@ def read_image(path):
         return image.convert("RGB")
 
 
-def make_transform(table, size, mean, std, augment="none"):
-    """What happens to a picture on its way to the network: Table 1 ('table1'), its first two rows,
-    which are all that the released code uses ('crop-flip'), or, for evaluation ('none'), resize to
-    256 x 256 and centre crop 224 as everywhere in the field, in proportion for other sizes."""
+def make_transform(size, augment="none", drawn=False):
+    """What happens to a picture on its way to the network, but for normalise: Table 1 ('table1'),
+    its first two rows, which are all that the released code uses ('crop-flip'), or, for evaluation
+    ('none'), resize to 256 x 256 and centre crop 224 as everywhere in the field, in proportion for
+    other sizes. drawn: the pictures of the built-in set have the network's size."""
     evaluation = [v2.Resize((round(size * 256 / 224),) * 2), v2.CenterCrop(size)]
-    if table and table.source == "synthetic":  # drawn at the network's size
-        evaluation = []
     table1 = [
         v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.75, 1.33)),
         v2.RandomHorizontalFlip(p=0.5),
@@ -409,8 +406,14 @@ def make_transform(table, size, mean, std, augment="none"):
         v2.RandomPerspective(distortion_scale=0.2),
     ]
     steps = {"none": evaluation, "crop-flip": table1[:2], "table1": table1}[augment]
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    return v2.Compose([*steps, *to_tensor, v2.ToPureTensor()])
+    steps = [] if drawn and augment == "none" else steps
+    return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
+
+
+def normalise(x, mean, std):
+    """Pixels uint8 (..., 3, S, S) as the network takes them. A whole batch at once takes a tenth of
+    the time that its images take one by one."""
+    return v2.functional.normalize(v2.functional.to_dtype(x, scale=True), mean, std)
 
 
 def seed_of(*numbers):
@@ -421,25 +424,47 @@ def seed_of(*numbers):
 class Images(Dataset):
     """One split. images[i], or images[epoch, i] in training, gives (x, y, g, i): x normalised
     (3, S, S), or (V, 3, S, S) for V > 1 views. What is random in view v of image i depends on
-    (seed, epoch, i, v) alone: not on workers, nor on what was drawn before."""
+    (seed, epoch, i, v) alone: not on workers, nor on what was drawn before. mean and std: of the
+    network's channels; difficulty: of the built-in set."""
 
-    def __init__(self, table, split, transform, size, difficulty=0.2, views=1, seed=0):
+    def __init__(
+        self, table, split, size, mean, std, augment="none", difficulty=0.2, views=1, seed=0
+    ):
         rows = np.flatnonzero(table.split == SPLITS.index(split))
         self.files = [table.files[row] for row in rows]
         self.y, self.g = torch.from_numpy(table.y[rows]), torch.from_numpy(table.g[rows])
-        self.root, self.transform, self.views, self.seed = table.root, transform, views, seed
+        self.root, self.mean, self.std, self.views, self.seed = table.root, mean, std, views, seed
         self.built_in = (split, size, difficulty) if table.source == "synthetic" else None
         missing = [file for file in self.files if not (table.root / file).is_file()]
         if missing and not self.built_in:
             some = f"{len(missing)} of {len(rows)} {split} images are missing"
             which = ", ".join(missing[:3])
             raise BadInput(f"{table.root}: {some} ({which}); was the archive unpacked completely?")
+        self.transform = make_transform(size, augment, drawn=bool(self.built_in))
+        # In evaluation the pixels never change: kept where they fit, for all workers together
+        self.kept, there = None, Path("/dev/shm").exists()
+        room = min(4e9, shutil.disk_usage("/dev/shm").free / 2) if there else 0
+        if augment == "none" and not self.built_in and len(rows) * 3 * size**2 < room:
+            self.kept = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8).share_memory_()
+            self.known = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (0, int(key))
+        x, y, g, index = self.__getitems__([key])
+        return x[0], y[0], g[0], int(index)
+
+    def __getitems__(self, keys):  # a whole batch: what a DataLoader asks for
+        keys = [key if isinstance(key, tuple) else (0, int(key)) for key in keys]
+        index = torch.tensor([i for _, i in keys])
+        x = torch.stack([self.pixels(epoch, i) for epoch, i in keys])
+        return normalise(x, self.mean, self.std), self.y[index], self.g[index], index
+
+    def pixels(self, epoch, i):
+        """An image before it is normalised, uint8 (3, S, S) or (V, 3, S, S)."""
+        if self.kept is not None and self.known[i]:
+            return self.kept[i]
         if self.built_in:
             picture = draw_split(*self.built_in)[0][i]
         else:
@@ -449,7 +474,9 @@ class Images(Dataset):
             for view in range(self.views):
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, i, view))
                 views.append(self.transform(picture))
-        return views[0] if self.views == 1 else torch.stack(views), self.y[i], self.g[i], i
+        if self.kept is not None:
+            self.kept[i], self.known[i] = views[0], True
+        return views[0] if self.views == 1 else torch.stack(views)
 
 
 class EpochOrder(Sampler):
@@ -480,8 +507,13 @@ def make_loader(images, batch_size=128, workers=0, order=None):
         persistent_workers=workers > 0,
         pin_memory=torch.accelerator.is_available(),
         worker_init_fn=_leave_signals_to_the_script,
+        collate_fn=_collate,
         generator=torch.Generator(),  # its own: else it would draw from the one that dropout uses
     )
+
+
+def _collate(batch):
+    return batch if isinstance(batch, tuple) else default_collate(batch)  # Images make it whole
 
 
 def _leave_signals_to_the_script(_):
@@ -500,7 +532,7 @@ def count_cores(most=8):
 # 2. Models and checkpoints
 # ------------------------------------------------------------------------------------------------
 
-# resnet50: torchvision's IMAGENET1K_V2, as in the paper; resnet10: one block a stage
+# resnet50: torchvision's IMAGENET1K_V2, as in the paper; resnet10: one block a stage, half as wide
 ARCHS = {"resnet50": "resnet50.tv2_in1k", "resnet10": "resnet18"}
 
 
@@ -514,7 +546,7 @@ def build_model(arch, n_classes, size, weights="none"):
     if arch == "resnet10":
         if weights == "default":
             raise BadInput("--weights default: nobody publishes a resnet10; use --weights none")
-        options |= {"layers": (1, 1, 1, 1), "zero_init_last": False}
+        options |= {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "zero_init_last": False}
     try:
         config = timm.get_pretrained_cfg(name)
         if config and config.fixed_input_size:
@@ -625,8 +657,8 @@ def reopen(path, data=None, device="cpu"):
 def open_split(checkpoint, table, name, augment="none", **views):
     """A split as the network of a checkpoint takes it; views: see Images."""
     size, mean, std = (checkpoint[key] for key in ("size", "mean", "std"))
-    transform = make_transform(table, size, mean, std, augment)
-    return Images(table, name, transform, size, checkpoint["data"]["difficulty"], **views)
+    difficulty = checkpoint["data"]["difficulty"]
+    return Images(table, name, size, mean, std, augment, difficulty, **views)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1004,12 +1036,17 @@ NOT_SETTINGS |= {"keep_epochs"}
 
 
 def make_parser(description, notes):
-    """The parser of a stage, with --run; what it refuses is one line, exit code 2."""
+    """The parser of a stage, with the flags that all have; it refuses in one line, exit code 2."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=form)
     p.allow_abbrev = False
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default=best_device(), help="cpu, cuda, mps, xpu (%(default)s)")
+    g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
+    choices, half = ["fp32", "bf16"], "bf16: half the bits in convolutions and products (fp32)"
+    g.add_argument("--precision", choices=choices, default="fp32", help=half)
     return p
 
 
@@ -1023,11 +1060,37 @@ def check_flags(args, *positive):
     for name, most in (("seed", 2**32 - 1), ("workers", 1000)):
         if not 0 <= getattr(args, name) <= most:
             raise BadInput(f"--{name} {getattr(args, name)}: must be 0 to {most}")
+    in_precision(args)
+    if args.precision == "fp32" and bf16_gain(args.device) > 1.4:
+        print("--precision bf16 is faster here")
+
+
+def in_precision(args):
+    """The context in which a stage runs: torch.autocast for --precision bf16, without its cache, as
+    weights change inside. Raises BadInput if --device is not there."""
     try:
-        torch.empty(0, device=args.device)
+        device, half = torch.empty(0, device=args.device).device, args.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device}: {reason}; use cpu or what is there") from error
+
+
+def bf16_gain(device):
+    """How much faster a convolution is in bf16 on this device, by trying."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (
+            torch.ones(8, 64, 64, 64, device=device),
+            torch.ones(64, 64, 3, 3, device=device),
+        )
+        x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, weight))
+        for _ in range(3):  # the first one is slow
+            started = time.perf_counter()
+            F.conv2d(x, weight).sum().item()
+            last = time.perf_counter() - started
+        seconds.append(last)
+    return seconds[0] / seconds[1]
 
 
 def check_finite(loss, model, advice):
@@ -1090,7 +1153,7 @@ def save_figure(fig, path, dpi=120):
 
 
 def _beside(folder, what):
-    folder = folder.resolve()  # a link is written through, not replaced
+    folder = Path(os.path.realpath(folder))  # a link is written through, not replaced
     return folder.with_name(f".{folder.name}.{what}")
 
 
@@ -1099,7 +1162,7 @@ def check_folder(folder, names):
     `names` (patterns) that this stage writes. First mends what a kill left in the middle."""
     old = _beside(folder, "old")
     if old.exists() and not folder.exists():
-        old.rename(folder.resolve())
+        old.rename(os.path.realpath(folder))
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(_beside(folder, "new"), ignore_errors=True)
     if folder.exists() and not folder.is_dir():
@@ -1135,8 +1198,7 @@ def new_folder(folder, args, names, **inputs):
 
 def replace_folder(new, folder):
     """Put `new` in the place of `folder`; after a kill one of the two is there, whole."""
-    folder = folder.resolve()
-    old = _beside(folder, "old")
+    folder, old = Path(os.path.realpath(folder)), _beside(folder, "old")
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
@@ -1180,7 +1242,7 @@ def start_or_continue(folder, args, names, **inputs):
 def script(folder, afterwards="the same command continues"):
     """Around a script's main(): one process a folder; errors in one line and exit code 2; after
     SIGINT, SIGTERM and SIGHUP one line on what to do, and exit code 130, 143, 129."""
-    program = Path(sys.argv[0]).name
+    program, folder = Path(sys.argv[0]).name, Path(os.path.realpath(folder))
     lock, owner = folder.parent / f".{folder.name}.lock", ""
 
     def stop(number, _):

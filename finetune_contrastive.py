@@ -105,8 +105,6 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=int, help="images a step (that of ERM)")
     g.add_argument("--augment", choices=["table1", "crop-flip", "none"], help="(that of ERM)")
     g.add_argument("--seed", type=int, help="of order, augmentation, random choices (that of ERM)")
-    g.add_argument("--device", default=common.best_device(), help="cpu, cuda, mps (%(default)s)")
-    g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
     g.add_argument("--overwrite", action="store_true", help="throw away what RUN/NAME holds")
     args = p.parse_args(argv)
     taken = ("", "..", "erm", "trace", "structured", "gradcam")
@@ -163,7 +161,8 @@ def nt_xent(r, r_p, temperature=0.5):
     of other images, as in SimCLR."""
     z = F.normalize(torch.cat([r, r_p]), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)  # (2B, 2B)
+    with torch.autocast(z.device.type, enabled=False):  # bf16 has 3 digits, too few to be compared
+        similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)  # (2B, 2B)
     positive = torch.arange(len(z), device=z.device).roll(len(r))  # i <-> i + B
     return F.cross_entropy(similarity, positive)
 
@@ -462,5 +461,5 @@ def plot(results, log, folder):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    with common.script(arguments.run / arguments.name):
+    with common.script(arguments.run / arguments.name), common.in_precision(arguments):
         main(arguments)

@@ -73,8 +73,6 @@ def parse_args(argv=None):
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of images, new head and bootstrap (0)")
     g.add_argument("--batch-size", type=int, default=128, help="images a pass (128)")
-    g.add_argument("--device", default=common.best_device(), help="cpu, cuda, mps (%(default)s)")
-    g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
     return p.parse_args(argv)
 
 
@@ -100,10 +98,9 @@ def main(args):
 
     # The picture: a seeded choice of images, or the user's own
     if args.images:
-        plain = common.make_transform(
-            None, checkpoint["size"], checkpoint["mean"], checkpoint["std"]
-        )
-        x, y, shapes = torch.stack([plain(common.read_image(f)) for f in args.images]), None, None
+        plain = common.make_transform(checkpoint["size"])
+        x = torch.stack([plain(common.read_image(file)) for file in args.images])
+        x, y, shapes = common.normalise(x, checkpoint["mean"], checkpoint["std"]), None, None
         captions = [path.name for path in args.images]
     else:
         index = choose_images(test, args.groups, args.n, args.seed)
@@ -195,7 +192,8 @@ def activations(model, x, layer=None, target=None):
     finally:
         if hook:
             hook.remove()
-    return *(as_grid(model, layer, v) for v in (kept[0].detach(), gradient)), logits.detach()
+    values = kept[0].detach().float(), gradient.float()
+    return *(as_grid(model, layer, value) for value in values), logits.detach().float()
 
 
 def as_grid(model, layer, values):
@@ -563,5 +561,6 @@ def plot_focus(rows, names, explained, path):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    with common.script(arguments.run / "gradcam", "nothing was written; start it again"):
+    again = "nothing was written; start it again"
+    with common.script(arguments.run / "gradcam", again), common.in_precision(arguments):
         main(arguments)

@@ -49,8 +49,6 @@ def parse_args(argv=None):
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of the sample of images (0)")
     g.add_argument("--batch-size", type=int, default=128, help="images a pass (128)")
-    g.add_argument("--device", default=common.best_device(), help="cpu, cuda, mps (%(default)s)")
-    g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
     return p.parse_args(argv)
 
 
@@ -177,5 +175,6 @@ def plot_heat(heat, layers, groups, k, path):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    with common.script(arguments.run / "structured", "nothing was written; start it again"):
+    again = "nothing was written; start it again"
+    with common.script(arguments.run / "structured", again), common.in_precision(arguments):
         main(arguments)

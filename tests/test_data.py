@@ -143,7 +143,7 @@ def test_full_paths_and_those_from_the_working_directory(mine, tmp_path, monkeyp
     for prefix in (tmp_path, tmp_path.name):
         table = mine([[f"{prefix}/{row[0]}", *row[1:]] for row in ROWS], tmp_path.name)
         monkeypatch.chdir("/")
-        assert len(common.Images(table, "train", None, 32)) == 32
+        assert len(common.Images(table, "train", 32, 0, 1)) == 32
         monkeypatch.chdir(tmp_path.parent)
 
 
@@ -196,8 +196,8 @@ def test_what_is_said_but_not_refused(mine, capsys):
 
 def a_split(folder, augment="none", size=28, views=1, seed=0):
     table = read_table(folder)
-    transform = make_transform(table, size, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4], augment)
-    return common.Images(table, "train", transform, size, views=views, seed=seed)
+    about = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "views": views, "seed": seed}
+    return common.Images(table, "train", size, augment=augment, **about)
 
 
 def test_the_evaluation_transform(tmp_path):
@@ -213,7 +213,7 @@ def test_the_evaluation_transform(tmp_path):
 
 
 def test_table_1():
-    steps = make_transform(None, 224, [0.5] * 3, [0.5] * 3, "table1").transforms
+    steps = make_transform(224, "table1").transforms
     names = "RandomResizedCrop RandomHorizontalFlip RandomRotation RandomAffine RandomPerspective"
     assert [type(step).__name__ for step in steps[:5]] == names.split()
     crop, flip, rotation, affine, perspective = steps[:5]
@@ -221,7 +221,7 @@ def test_table_1():
     assert (flip.p, perspective.distortion_scale) == (0.5, 0.2)
     turned = [list(rotation.degrees), list(affine.degrees), list(affine.translate)]
     assert turned == [[-15, 15], [0, 0], [0.1, 0.1]] and list(affine.scale) == [0.9, 1.1]
-    few = make_transform(None, 224, [0.5] * 3, [0.5] * 3, "crop-flip").transforms
+    few = make_transform(224, "crop-flip").transforms
     assert [type(step) for step in few] == [type(step) for step in steps[:2] + steps[5:]]
 
 
@@ -297,9 +297,9 @@ def test_drawn_birds():
     images, masks = common.draw_split("val", 32, 0.2)
     table = read_table("synthetic")
     y, a = (torch.from_numpy(labels[table.split == 1]) for labels in (table.y, table.a))
-    rng = np.random.default_rng([0, 1])
-    again, _ = common.draw_birds(y[:500].numpy(), a[:500].numpy(), rng, 32)
-    assert torch.equal(images[:500], torch.from_numpy(again))
+    generator = torch.Generator().manual_seed(1)
+    parts = common.draw_parts(y[:100], generator)
+    assert torch.equal(images[:100], common.draw_birds(parts, a[:100], generator, 32)[0])
     assert images.shape == (1199, 3, 32, 32) and images.dtype == torch.uint8
     area = masks.float().mean((1, 2))
     assert area[y == 1].mean() > 1.15 * area[y == 0].mean()  # longer body, neck and beak

@@ -66,26 +66,24 @@ def write_waterbirds(folder, counts=COUNTS):
     return table
 
 
-def write_celeba(folder, form="txt", images="img_align_celeba", lists="", counts=COUNTS):
+def write_celeba(folder, form="txt", images="img_align_celeba", lists=""):
     """CelebA's layout, official (txt) or mirrored (csv with CRLF, no newline at the end, the
     partition in another order); y Blond_Hair, a Male. Returns the rows as labelled_rows does."""
-    rows = labelled_rows(counts, "{number:06d}.jpg")
+    rows = labelled_rows(pattern="{number:06d}.jpg")
     write_images(folder / images, rows)
     (folder / lists).mkdir(exist_ok=True)
     labels = [(name, 1 - 2 * y, 2 * y - 1, 2 * a - 1) for name, y, a, _ in rows]
-    parts = [(name, split) for name, _, _, split in rows]
+    parts = [(name, split) for name, *_, split in rows]
     if form == "txt":
-        lines = [str(len(rows)), "Bald Blond_Hair Male "]
-        lines += ["{} {:>2d} {:>2d} {:>2d}".format(*row) for row in labels]
-        text = {"attr_celeba": "\n".join(lines) + "\n"}
-        text["eval_partition"] = "".join(f"{name} {split}\n" for name, split in parts)
+        labels = [(len(rows),), ("Bald", "Blond_Hair", "Male", ""), *labels, ()]
+        separator, end = "  ", "\n"
     else:
         labels.insert(0, ("image_id", "Bald", "Blond_Hair", "Male"))
         parts = [("image_id", "partition"), *reversed(parts)]
-        text = {"attr_celeba": "\r\n".join(",".join(map(str, row)) for row in labels)}
-        text["eval_partition"] = "\r\n".join(",".join(map(str, row)) for row in parts)
-    for stem, content in text.items():
-        (folder / lists / f"list_{stem}.{form}").write_bytes(content.encode())
+        separator, end = ",", "\r\n"
+    for stem, table in (("attr_celeba", labels), ("eval_partition", parts)):
+        text = end.join(separator.join(map(str, row)) for row in table)
+        (folder / lists / f"list_{stem}.{form}").write_bytes(text.encode())
     return rows
 
 

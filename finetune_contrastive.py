@@ -48,8 +48,8 @@ METHOD += ("features", "aux_bn", "temperature", "loss", "lam", "lam_reduction")
 NOTES = """In brackets: the default, which follows the paper's text; "code": what its released code
 does.
 
---kick-in          start from RUN/erm/epoch_N.pt; 40 in the paper, 41 in the code (CelebA 20).
-                   Without it: epoch 40 where the ERM run kept it, else its best.pt
+--kick-in          start from RUN/erm/epoch_N.pt; paper: 40 of 100; default: as early in whatever
+                   ERM ran, if it kept that epoch, else its best.pt (code: 41; CelebA 20)
 --method           contrastive: the paper's; supervised: its second term alone; erm: cross entropy
                    goes on, the control of the same budget
 --criterion        largest l2 norm of weights (magnitude), of gradient, or mixed, both sets (code:
@@ -78,7 +78,9 @@ def parse_args(argv=None):
     p = common.make_parser(__doc__, NOTES)
     p.add_argument("--name", default="finetune", help="folder in RUN, to keep several (finetune)")
     g = p.add_argument_group("start")
-    g.add_argument("--kick-in", type=int, metavar="N", help="epoch of ERM to start from (40)")
+    g.add_argument(
+        "--kick-in", type=int, metavar="N", help="epoch of ERM to start from (40 of 100)"
+    )
     g.add_argument("--checkpoint", type=Path, help="start from this checkpoint instead")
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g = p.add_argument_group("method")
@@ -335,17 +337,20 @@ def measure(model, loaders, groups):
 
 
 def starting_point(args):
-    """--checkpoint, RUN/erm/epoch_N.pt or, without --kick-in, best.pt. Raises BadInput."""
+    """--checkpoint, RUN/erm/epoch_N.pt or, where ERM did not keep it, best.pt. Raises BadInput."""
+    folder, kick_in = args.run / "erm", args.kick_in
     if args.checkpoint:
         return args.checkpoint
-    folder = args.run / "erm"
-    path = folder / f"epoch_{40 if args.kick_in is None else args.kick_in:03d}.pt"
+    if kick_in is None and (folder / "args.json").exists():
+        with common.reading(folder / "args.json", "give --kick-in or --checkpoint"):
+            kick_in = common.read_json(folder / "args.json")["args"]["epochs"] * 2 // 5
+    path = folder / f"epoch_{kick_in or 0:03d}.pt"
     if args.kick_in is None and not path.exists():
         return folder / "best.pt"
     kept = [str(int(file.stem[6:])) for file in sorted(folder.glob("epoch_*.pt"))]
     if kept and not path.exists():
         kept = f"it kept {', '.join(kept)} (train_erm.py --keep-epochs)"
-        raise BadInput(f"--kick-in {args.kick_in}: {folder} did not keep that epoch; {kept}")
+        raise BadInput(f"--kick-in {kick_in}: {folder} did not keep that epoch; {kept}")
     return path
 
 

@@ -561,6 +561,6 @@ def plot_focus(rows, names, explained, path):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    again = "nothing was written; start it again"
+    again = "nothing was written; the same command starts again"
     with common.script(arguments.run / "gradcam", again), common.in_precision(arguments):
         main(arguments)

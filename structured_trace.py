@@ -175,6 +175,6 @@ def plot_heat(heat, layers, groups, k, path):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    again = "nothing was written; start it again"
+    again = "nothing was written; the same command starts again"
     with common.script(arguments.run / "structured", again), common.in_precision(arguments):
         main(arguments)

@@ -524,6 +524,6 @@ def plot_layers(neurons, groups, layers, shown, path):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    again = "nothing was written; start it again"
+    again = "nothing was written; the same command starts again"
     with common.script(arguments.run / "trace", again), common.in_precision(arguments):
         main(arguments)

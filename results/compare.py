@@ -417,5 +417,7 @@ if __name__ == "__main__":
     arguments = parse_args()
     writes_here = arguments.add or arguments.write
     folder = HERE if writes_here else (arguments.figure or FIGURE).parent
-    with common.script(folder / "compare", "nothing is half-written; start it again"):
+    with common.script(
+        folder / "compare", "nothing is half-written; the same command starts again"
+    ):
         main(arguments)

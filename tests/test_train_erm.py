@@ -61,29 +61,31 @@ def stamps(run):
     return {path.name: path.stat().st_mtime_ns for path in (run / "erm").iterdir()}
 
 
-@pytest.mark.parametrize("rule", ["val-wga", "val-mean", "last"])
-def test_what_a_run_writes(train, erm_run, tmp_path, monkeypatch, rule):
+@pytest.mark.parametrize("rule,selected", [("val-wga", 3), ("val-mean", 1), ("last", 4)])
+def test_what_a_run_writes(train, erm_run, tmp_path, monkeypatch, rule, selected):
     """Selected: the first epoch of the highest score. The test split is read after all epochs."""
-    evaluated, evaluate, run = [], common.evaluate, tmp_path / "run"
+    evaluated, evaluate, folder = [], common.evaluate, tmp_path / "run/erm"
+    scores = [(0.1, 0.6), (0.2, 0.4), (0.3, 0.6), (0.3, 0.5)]  # worst group, mean in validation
 
     def spy(model, batches, groups):
+        """Says of which network a report is."""
         evaluated.append(len(batches.dataset))
-        return evaluate(model, batches, groups)
+        report = {**evaluate(model, batches, groups), "of": common.fingerprint_of(model)}
+        if evaluated[-1] == 16:
+            report["acc_worst"], report["acc_mean"] = scores[len(evaluated) // 2 - 1]
+        return report
 
     monkeypatch.setattr(common, "evaluate", spy)
     train(f"--select {rule}")
-    results, log, _ = content(run / "erm")
-    assert evaluated == [32, 16] * 4 + [20, 20] and log == content(erm_run / "run/erm")[1]
-    key = {"val-wga": "acc_worst", "val-mean": "acc_mean"}.get(rule)
-    scores = [row["val"][key] if key else row["epoch"] for row in log]
-    selected = 1 + scores.index(max(scores))
-    assert len(set(scores)) > 1 and results["selected_epoch"] == selected
+    results, log, weights = content(folder)
+    assert evaluated == [32, 16] * 4 + [20, 20] and results["selected_epoch"] == selected
     for key, name, epoch in (("splits", "best.pt", selected), ("last", "last.pt", 4)):
-        model, saved, table = common.reopen(run / "erm" / name)
+        model, saved, table = common.reopen(folder / name)
         images = common.make_loader(common.open_split(saved, table, "test"))
         test, row = evaluate(model, images, table.groups), log[epoch - 1]
+        test["of"] = weights[name]
         assert results[key] == {"train": row["train"], "val": row["val"], "test": test}
-        assert saved["epoch"] == row["epoch"] == epoch
+        assert saved["epoch"] == row["epoch"] == epoch and row["val"]["of"] == weights[name]
     for path in (erm_run / "run/erm").glob("*.png"):
         assert len(Image.open(path).convert("L").getcolors(1 << 20)) > 20
 

@@ -1,4 +1,5 @@
-"""What can go wrong, tried many times: kills, full disks, signals, second processes, damaged files.
+"""What can go wrong, tried many times: kills, full disks, signals, second processes, damaged files,
+impossible flags.
 
     python -m tests.torture                     # 20 minutes; prints what was tried, held and failed
     python -m tests.torture --seconds 60        # a sample of each kind
@@ -43,7 +44,18 @@ LATER = [
 
 WEIGHTS = ERM.replace("--weights none", "--weights base/w.pth")
 FACES = ERM.replace("--data base", "--data faces")
+KICKED = f"{FINETUNE} --kick-in 1 --name kicked"
 COMPARE = "results/compare.py r"
+# Flags and the values that are tried for them; a run with those that are possible ends soon
+NUMBERS = ["-1", "0", "nan", "inf", "x", "-0.5", "1e400", "4294967296", "2"]
+FLAGS = {
+    "train_erm.py": "--epochs --batch-size --lr --size --seed --difficulty --keep-epochs --head",
+    "trace_neurons.py": "--max-per-group --top-k --sigma --repeats --controls --seed --batch-size",
+    "structured_trace.py": "--max-per-group --k --seed --batch-size --unit",
+    "finetune_contrastive.py": "--prune-fraction --temperature --lam --kick-in --lr --seed --views",
+    "gradcam.py": "--n --groups --target --layer --seed --batch-size --after",
+}
+FLAGS = {name: f"{flags} --device --precision --data".split() for name, flags in FLAGS.items()}
 
 
 def start(folder, command, sabotage=None):
@@ -186,15 +198,19 @@ class Bench:
         left = [path for path in (folder / "r").rglob(".*")]
         return not left and content(folder, stage) == content(self.whole, stage)
 
-    def training(self):
-        """(command, stage, stages it needs) of one of the two training stages."""
-        both = [(ERM, "erm", ()), (FINETUNE, "finetune", ("erm",))]
-        return self.random.choice(both)
+    def any_stage(self):
+        """(command, stage, stages it needs), a training stage in two of three cases."""
+        if self.random.random() < 0.65:
+            both = [(ERM, "erm", ()), (FINETUNE, "finetune", ("erm",))]
+            return self.random.choice(both)
+        command = self.random.choice(LATER)
+        stage = {"t": "trace", "s": "structured", "g": "gradcam"}[command[0]]
+        return command, stage, ("erm", "finetune")
 
 
 def killed(bench):
     """SIGKILL at a write or at a random moment; the same command again."""
-    command, stage, needs = bench.training()
+    command, stage, needs = bench.any_stage()
     folder = bench.copy(*needs)
     if bench.random.random() < 0.5:
         n = bench.random.randint(1, 14)
@@ -214,7 +230,7 @@ def killed(bench):
 
 def signalled(bench):
     """SIGTERM, SIGHUP or SIGINT; one line and the right code, then the same command again."""
-    command, stage, needs = bench.training()
+    command, stage, needs = bench.any_stage()
     folder, number = bench.copy(*needs), bench.random.choice(common.STOP_SIGNALS)
     pid = start(folder, command)
     time.sleep(bench.random.random() * bench.seconds[command])
@@ -230,10 +246,7 @@ def signalled(bench):
 
 def full(bench):
     """No room at a write; one line naming the file, the old stands, later the command goes on."""
-    command, stage, needs = bench.training()
-    if bench.random.random() < 0.4:
-        command, needs = bench.random.choice(LATER), ("erm", "finetune")
-        stage = {"t": "trace", "s": "structured", "g": "gradcam"}[command[0]]
+    command, stage, needs = bench.any_stage()
     folder, n = bench.copy(*needs), bench.random.randint(1, 14)
     code, err = run(folder, command, at_write(n, "full"))
     held = code == 0 or (code == 2 and one_line(err, "No space left", "MB free"))
@@ -246,7 +259,7 @@ def full(bench):
 
 def two(bench):
     """A second process on the same folder is told who is there; after a crash nothing is held."""
-    command, stage, needs = bench.training()
+    command, stage, needs = bench.any_stage()
     folder = bench.copy(*needs)
     pid = start(folder, command, lambda: setattr(common, "build_model", lambda *_: time.sleep(60)))
     lock = folder / "r" / f".{stage}.lock"
@@ -299,6 +312,8 @@ def damaged(bench):
             (FINETUNE, ("erm", "finetune"), f"r/finetune/{name}"),
         ]
     cases += [(FINETUNE, ("erm", "finetune"), "r/finetune/pruned.csv")]
+    cases += [(KICKED, ("erm",), "r/erm/epoch_001.pt")]
+    cases += [(LATER[2], ("erm", "finetune"), "r/finetune/best.pt")]
     for command in (*LATER, FINETUNE):
         cases.append((command, ("erm", "finetune"), "r/erm/best.pt"))
     cases += [(LATER[2], ("erm", "finetune"), str(image.with_suffix(".png")))]
@@ -316,7 +331,20 @@ def damaged(bench):
     shutil.rmtree(folder)
 
 
-KINDS = (killed, signalled, full, two, damaged)
+def flagged(bench):
+    """A flag with a value that may be impossible: a whole run or one line."""
+    command = bench.random.choice([ERM, FINETUNE, *LATER])
+    flag = bench.random.choice(FLAGS[command.split()[0]])
+    anew = " --overwrite" if command in (ERM, FINETUNE) else ""
+    case = f"{command}{anew} {flag} {bench.random.choice(NUMBERS)}"
+    folder = bench.copy("erm", "finetune")
+    code, err = run(folder, case)
+    held = code == 0 or (code == 2 and one_line(err, "error: "))
+    bench.note("flags", held, f"{case}: {code} {err[-500:]}")
+    shutil.rmtree(folder)
+
+
+KINDS = (killed, signalled, full, two, damaged, flagged)
 
 
 def torture(folder, seconds, seed=0):

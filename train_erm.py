@@ -181,6 +181,7 @@ def main(args):
     print(f"wrote {folder}/")
 
 
+@torch.autocast("cpu", enabled=False)  # the same weights for every --precision
 def learn_birds(size, steps=750, batch_size=128):
     """What stands for ImageNet where the data are the built-in set: a file with a resnet10 that has
     learned, from drawn birds with parts of any size, in any pose and place, to tell these numbers.

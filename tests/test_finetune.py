@@ -268,7 +268,7 @@ def test_the_same_command_and_others(run, capsys):
     assert table == capsys.readouterr().out.partition("\n\n")[2] + f"wrote {run}/a/\n"
     with pytest.raises(common.BadInput, match="lam 0.2, now 0.3"):
         finetune(run, "a", "--epochs 1 --lam 0.3")
-    shutil.copy(run / "erm/epoch_001.pt", run / "erm/best.pt")  # ERM was run again
+    shutil.copy(run / "erm/epoch_003.pt", run / "erm/best.pt")  # ERM was run again
     with pytest.raises(common.BadInput, match="the start changed"):
         finetune(run, "a", "--epochs 2")
     with pytest.raises(common.BadInput, match="diverged in epoch 1; try an --lr below 1e"):
@@ -280,9 +280,9 @@ def test_where_it_starts(run):
     def start(more=""):
         return stage.starting_point(stage.parse_args(f"--run {run} {more}".split())).name
 
-    assert start() == "best.pt" and start("--kick-in 1") == "epoch_001.pt"
-    (run / "erm/epoch_040.pt").touch()
-    assert start() == "epoch_040.pt" and start("--checkpoint x.pt") == "x.pt"
+    assert start() == "best.pt" and start("--kick-in 3") == "epoch_003.pt"
+    (run / "erm/epoch_001.pt").touch()  # of 4, as 40 of 100
+    assert start() == "epoch_001.pt" and start("--checkpoint x.pt") == "x.pt"
     first = finetune(run, "first", "--epochs 1 --kick-in 2")
     assert content(first)[0]["start_epoch"] == 2
     with pytest.raises(common.BadInput, match="lies in the folder to be filled"):
@@ -294,7 +294,7 @@ IMPOSSIBLE = "--temperature 0,--epochs 0,--seed -1,--lr inf,--lam nan,--lam -1,-
 IMPOSSIBLE += ",--prune-fraction 0.0,--prune-fraction 1.0,--prune-fraction nan"
 OTHERS = ("erm", "trace", "structured", "gradcam", "..", ".", "a/b")
 REFUSED = {flag: f"{flag}.*: .*(must|use)" for flag in IMPOSSIBLE.split(",")}
-REFUSED |= {"--kick-in 7": "it kept 1, 2 ", **{f"--name {name}": "^2$" for name in OTHERS}}
+REFUSED |= {"--kick-in 7": "it kept 2, 3 ", **{f"--name {name}": "^2$" for name in OTHERS}}
 REFUSED |= {"--checkpoint missing.pt": "missing.pt: no such file", "--data no": "no: no such file"}
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 import common
 import train_erm
 
-from .conftest import ROOT, SMALL, write_table, write_waterbirds
+from .conftest import ROOT, SMALL, run_script, write_table, write_waterbirds
 
 FILES = {"args.json", "log.jsonl", "results.json", "fig01_group_accuracy.png", "curves.png"}
-FILES |= {"best.pt", "last.pt", "epoch_001.pt", "epoch_002.pt"}
+FILES |= {"best.pt", "last.pt", "epoch_002.pt", "epoch_003.pt"}
 
 
 @pytest.fixture
@@ -110,6 +110,23 @@ def test_steps_by_hand(train, tmp_path, head):
         optimizer.step()
     for key, value in model.state_dict().items():
         assert torch.allclose(value, saved["model"][key], atol=3e-5), key
+
+
+def test_half_precision_is_near_full_precision(erm_run, tmp_path):
+    data = ["--data", erm_run / "data", "--run", tmp_path, *SMALL.split(), "--epochs", 1]
+    run_script("train_erm.py", *data, "--precision", "bf16")
+    half, full = (content(run / "erm")[1][0]["loss"] for run in (tmp_path, erm_run / "run"))
+    assert half != full and half == pytest.approx(full, rel=0.05)
+
+
+def test_what_knows_birds_is_learned_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+    path = train_erm.learn_birds(32, steps=2)
+    before = path.stat().st_mtime_ns
+    assert train_erm.learn_birds(32, steps=2) == path and path.stat().st_mtime_ns == before
+    assert train_erm.learn_birds(32, steps=3) != path
+    model, learned = common.build_model("resnet10", 2, 32, path), torch.load(path)["model"]
+    assert torch.equal(model.conv1.weight, learned["conv1.weight"])
 
 
 def test_more_epochs_extend_a_run(train, erm_run, tmp_path):

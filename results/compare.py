@@ -123,11 +123,8 @@ def make_record(path):
     record = {"run": str(path.parents[1]), "name": path.parent.name, "stage": result["stage"]}
     record["source"] = source if source == "synthetic" else str(Path(source).resolve())
     record |= {"arch": result["arch"], "unit": result.get("unit", "")}
-    record |= {
-        "commit": (about.get("commit") or "")[:7],
-        "seed": about["args"]["seed"],
-        "settings": {},
-    }
+    record |= {"commit": (about.get("commit") or "")[:7], "seed": about["args"]["seed"]}
+    record["settings"] = {}
     for key, value in about["args"].items():
         is_path = isinstance(value, str) and os.sep in value  # of --weights FILE the name will do
         if key not in PLACES:
@@ -141,7 +138,7 @@ def make_record(path):
         record["start"] = [result["start"], result["start_epoch"], weights]
     for split, report in reports.items():
         groups, short = report["groups"], {key: report[key] for key in ACCURACIES}
-        record["groups"] = [f"{title(group)} {group['name']}" for group in groups]
+        record["groups"] = [f"{common.short(group)} {group['name']}" for group in groups]
         short["n"] = [group["n"] for group in groups]
         short["correct"] = [group["correct"] for group in groups]
         record["reports"][split] = short
@@ -150,14 +147,10 @@ def make_record(path):
     return record
 
 
-def title(group):
-    return f"G{group['group']}{'*' if group['minority'] else ''}"
-
-
 def cells_of(result):
     """What tracing and Grad-CAM found: (line, column, [points] or [points, images])."""
     if result["stage"] == "trace":
-        names = [title(group) for group in result["groups"]]
+        names = [common.short(group) for group in result["groups"]]
         for row in result["tables"]:
             line = f"{row['table']}: {row['line']}{', test images' * (row['split'] == 'test')}"
             for name, points, images in zip(names, row["points"], row["images"]):
@@ -165,8 +158,10 @@ def cells_of(result):
                     yield line, name, [points, images]
         for criterion, control in result["control"].items():
             for test in control["tests"]:
-                line = f"Control: random ones of {test['random']} in place of {criterion}"
-                yield line, names[test["group"]], [test["mean"], test["mean"] * test["n"] / 100]
+                group, random = names[test["group"]], f"random ones of {test['random']}"
+                yield f"Control: {random} in place of {criterion}", group, [test["mean"]]
+                more = test["observed"] - test["mean"]
+                yield f"Control: {criterion} minus {random}", group, [more]
     if result["stage"] == "structured":
         for criterion, found in result["summary"].items():
             for third, share in (found["thirds"] or {}).items():
@@ -175,7 +170,7 @@ def cells_of(result):
         for row in result["focus"]:
             for measure in ("mass", "pointing"):
                 if " - " in row["model"] and row[measure] is not None:
-                    yield f"{measure}, {row['model']}", title(row), [100 * row[measure]]
+                    yield f"{measure}, {row['model']}", common.short(row), [100 * row[measure]]
 
 
 def check(record):
@@ -343,7 +338,8 @@ def tables(block, shown, found):
     for data, (rows, columns) in by_data.items():
         body = []
         for row, values in rows.items():
-            body.append([row, *(form(values.get(column, [])) for column in columns)])
+            write = with_interval if row.startswith("Control") else form
+            body.append([row, *(write(values.get(column, [])) for column in columns)])
         yield f"{data}: {what}", ["", *columns], body
 
 
@@ -417,7 +413,6 @@ if __name__ == "__main__":
     arguments = parse_args()
     writes_here = arguments.add or arguments.write
     folder = HERE if writes_here else (arguments.figure or FIGURE).parent
-    with common.script(
-        folder / "compare", "nothing is half-written; the same command starts again"
-    ):
+    again = "nothing is half-written; the same command starts again"
+    with common.script(folder / "compare", again):
         main(arguments)

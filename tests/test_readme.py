@@ -26,7 +26,8 @@ PROSE = re.sub(BLOCK % r"\w*", "", PAGE)
 SHELL += re.findall(r"`(python [^`]+)`", PROSE)
 SHELL += re.findall(r"(?m)^    (python \S+\.py.*)$", SOURCES)  # at the top of the scripts
 SCRIPTS = ("train_erm", "trace_neurons", "structured_trace", "finetune_contrastive", "gradcam")
-OTHERS = ("-m venv .venv", "-m pytest -q", "install -r requirements.txt")
+OTHERS = ["-m venv .venv", "-m pytest -q", "install -r requirements.txt"]
+OTHERS += ["-m tests.torture", "-m tests.bench"]
 # In the place of python and pip: writes down what it was called with, and does nothing
 STAND_IN = '#!/bin/bash\necho "${@@Q}" >> record\n'
 # Runs an array job here: --array=1-N --requeue --open-mode=append --wrap COMMAND

@@ -74,7 +74,7 @@ def test_csv_files_of_equal_name_stay_apart(tmp_path, capsys):
 def test_traces_are_averaged_where_they_are_alike(tmp_path):
     groups = [{"group": 0, "minority": False}, {"group": 1, "minority": True}]
     line = {"table": "Table 3", "line": "top 1", "split": "train", "images": [0, None]}
-    null = {"group": 1, "random": "all layers", "mean": -1, "n": 10}
+    null = {"group": 1, "random": "all layers", "mean": -1, "observed": -4}
     trace = {"stage": "trace", "groups": groups, "control": {"gradient": {"tests": [null]}}}
     for run, points, unit in (("r0", -10, "channel"), ("r1", -20, "channel"), ("r2", 0, "weight")):
         tables = [{**line, "points": [points, None]}]
@@ -82,7 +82,9 @@ def test_traces_are_averaged_where_they_are_alike(tmp_path):
     rows = table("trace", *tmp_path.iterdir())
     assert rows[f"{DATA}, channels", "Table 3: top 1"] == ["-15.0 +- 7.1 (2)", "-"]
     row = "Control: random ones of all layers in place of gradient"
-    assert rows[f"{DATA}, channels", row] == ["-", "-1.0 +- 0.0 (2)"]
+    assert rows[f"{DATA}, channels", row] == ["-", "-1.0 +- 0.0 (2) [-1.0, -1.0]"]
+    row = "Control: gradient minus random ones of all layers"
+    assert rows[f"{DATA}, channels", row] == ["-", "-3.0 +- 0.0 (2) [-3.0, -3.0]"]
 
 
 def test_add_replaces_and_bad_files_are_named(tmp_path, monkeypatch, capsys):

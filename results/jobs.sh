@@ -1,0 +1,51 @@
+#!/bin/sh
+# The runs behind numbers.jsonl, one command a line: first ERM, then what starts from it.
+#   sh results/jobs.sh erm   | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '{}'
+#   sh results/jobs.sh later | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '{}'
+if [ "$1" = erm ]; then
+  for s in 0 1 2 3 4; do echo "python train_erm.py --run runs/s$s --seed $s"; done
+  exit
+fi
+tune() { seeds=$1; shift; for s in $seeds; do echo "python finetune_contrastive.py --run runs/s$s $*"; done; }
+all="0 1 2 3 4"
+# Table 12 and its controls; tracing; Grad-CAM
+tune "$all"
+tune "$all" --name gradient --criterion gradient
+tune "$all" --name erm-continued --method erm
+tune "$all" --name none --criterion none
+tune "$all" --name random --criterion random
+tune "$all" --name supervised --method supervised
+for s in $all; do
+  echo "python trace_neurons.py --run runs/s$s"
+  echo "python structured_trace.py --run runs/s$s"
+done
+# Tables 4 to 10, with controls of the same start and budget
+tune "0 1 2" --name ce --loss ce
+for k in 5 15 20; do
+  tune "0 1 2" --name kick$k --kick-in $k
+  tune "0 1 2" --name erm-kick$k --kick-in $k --method erm
+done
+for e in 2 10; do
+  tune "0 1 2" --name e$e --epochs $e
+  tune "0 1 2" --name erm-e$e --epochs $e --method erm
+done
+tune "0 1 2" --name minority --criterion gradient --gradient-source minority
+for l in 0.01 0.1 1 10; do tune "0 1 2" --name lam$l --lam $l; done
+for f in 0.001 0.01 0.1; do tune "0 1 2" --name gradient-$f --criterion gradient --prune-fraction $f; done
+tune "0 1 2" --name p0.1 --prune-fraction 0.001
+tune "0 1 2" --name p1 --prune-fraction 0.01
+tune "0 1 2" --name p10 --prune-fraction 0.1
+tune "0 1 2" --name mixed --criterion mixed
+# Choices
+tune 0 --name logits --features logits
+tune 0 --name simclr --features projection
+tune 0 --name oneview --views one
+tune 0 --name mean --lam-reduction mean
+tune 0 --name smallest --order smallest
+tune 0 --name weight --unit weight
+tune 0 --name shared --aux-bn shared
+# Where the networks look, after the runs above; the default layer is too coarse (2 x 2)
+for s in $all; do
+  after="--after runs/s$s/finetune/best.pt runs/s$s/erm-continued/best.pt"
+  echo "python gradcam.py --run runs/s$s --layer layer2.0.conv2 $after"
+done

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # signals while torch is still loading; later common
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: os._exit(128 + n))
 
+import filelock
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -97,7 +98,7 @@ def main(args):
     # Everything that can be refused is looked at before the folder is touched
     weights = args.weights
     if (table.source, args.arch, weights) == ("synthetic", "resnet10", "default"):
-        weights = learn_birds(args.size)
+        weights = birds_weights(args.size)
     torch.manual_seed(args.seed)  # of the head
     model = common.build_model(args.arch, len(table.classes), args.size, weights)
     about = describe(args, table, model)
@@ -181,18 +182,24 @@ def main(args):
     print(f"wrote {folder}/")
 
 
-@torch.autocast("cpu", enabled=False)  # the same weights for every --precision
-def learn_birds(size, steps=750, batch_size=128):
-    """What stands for ImageNet where the data are the built-in set: a file with a resnet10 that has
-    learned, from drawn birds with parts of any size, in any pose and place, to tell these numbers.
-    No class, group or image of the set is used. Learned once, on the CPU, and then kept beside the
-    weights that torch downloads."""
+def birds_weights(size, steps=750):
+    """What stands for ImageNet's weights where the data are the built-in set: the file of a network
+    from learn_birds, which is made once and kept beside the weights that torch downloads."""
     source = inspect.getsource(common.draw_birds) + inspect.getsource(learn_birds)
     digest = hashlib.sha256(f"{common.PARTS} {source} {steps}".encode()).hexdigest()[:8]
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"resnet10_birds_{size}_{digest}.pth"
-    if path.exists():
-        return path
-    print(f"first, once: learning from {steps * batch_size} drawn birds, a minute", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):  # a second process waits
+        if not path.exists():
+            print("first, once: learning what birds look like, two minutes", flush=True)
+            common.save_checkpoint(path, learn_birds(size, steps))
+    return path
+
+
+@torch.autocast("cpu", enabled=False)  # the same weights for every --precision
+def learn_birds(size, steps, batch_size=128):
+    """A resnet10 that has learned, from drawn birds with parts of any size, in any pose and place,
+    to tell these numbers. No class, group or image of the built-in set is used."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = common.build_model("resnet10", 14, size).to(memory_format=torch.channels_last).train()
@@ -211,9 +218,7 @@ def learn_birds(size, steps=750, batch_size=128):
         loss.backward()
         optimizer.step()
         scheduler.step()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_checkpoint(path, model)
-    return path
+    return model
 
 
 def describe(args, table, model):

@@ -121,10 +121,10 @@ def test_half_precision_is_near_full_precision(erm_run, tmp_path):
 
 def test_what_knows_birds_is_learned_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-    path = train_erm.learn_birds(32, steps=2)
+    path = train_erm.birds_weights(32, steps=2)
     before = path.stat().st_mtime_ns
-    assert train_erm.learn_birds(32, steps=2) == path and path.stat().st_mtime_ns == before
-    assert train_erm.learn_birds(32, steps=3) != path
+    assert train_erm.birds_weights(32, steps=2) == path and path.stat().st_mtime_ns == before
+    assert train_erm.birds_weights(32, steps=3) != path
     model, learned = common.build_model("resnet10", 2, 32, path), torch.load(path)["model"]
     assert torch.equal(model.conv1.weight, learned["conv1.weight"])
 

@@ -62,7 +62,7 @@ def test_odd_architectures():
     transformer = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=2)
     attention = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
     assert attention in common.prunable_layers(transformer)
-    layers = [torch.nn.Conv2d(3, 64, 7), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2)]
+    layers = [torch.nn.Conv2d(3, 64, 7), *(torch.nn.Linear(64, n) for n in (64, 64, 2))]
     assert common.find_neurons(torch.nn.Sequential(*layers))[0] == "channel"
     for layers in ([torch.nn.Flatten(), torch.nn.Linear(3, 2)], [torch.nn.Flatten()]):
         with pytest.raises(BadInput, match="neither convolutions nor linear layers"):
@@ -182,6 +182,11 @@ def test_accuracy_under_against_really_modified_copies(kind, capsys):
         variants.append(Variant(neurons[:2], "random-init", 100.0, n))
     first, *_, last = counts
     variants.append(Variant([(first, 0), (last, 1)], "random-init", 100.0))
+    x = data[0][0]
+    with torch.inference_mode():  # the graph gives the same logits, bit for bit
+        traced = common.trace_graph(model.eval(), x[:2])
+        ways = [common.logits_under(model, x.clone(), variants, unit, t) for t in (traced, None)]
+    assert all(map(torch.equal, *([whole, *found] for whole, found in ways)))
     found = accuracy_under(model.train(), data, variants, unit)
     assert found == [by_brute_force(model, data, variant, unit) for variant in variants]
     assert any(row["to_wrong"] + row["to_right"] for by in found for row in by.values())

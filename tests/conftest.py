@@ -14,17 +14,8 @@ import train_erm
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-COUNTS = ((13, 5, 4, 10), (4, 4, 4, 4), (6, 5, 4, 5))  # images per group in train, val, test
+COUNTS = [[13, 5, 4, 10], [4, 4, 4, 4], [6, 5, 4, 5]]  # images per group in train, val, test
 BIRD = "{group:03d}.Bird/Bird_{number:04d}_{number}.jpg"  # as CUB-200-2011 names its files
-
-
-@pytest.fixture
-def real_data():
-    """The folder of real data sets, which only some machines have."""
-    if not SHARED.exists():
-        pytest.skip(f"real data not found at {SHARED}")
-    return SHARED
 
 
 def labelled_rows(counts=COUNTS, pattern=BIRD):
@@ -91,22 +82,11 @@ def run_script(*arguments, check=True, cwd=ROOT, **environment):
     """Run a script in a process of its own, without a network; returns the finished process."""
     nowhere = "http://127.0.0.1:9"  # nothing listens there
     settings = {"http_proxy": nowhere, "https_proxy": nowhere, "OMP_NUM_THREADS": "1"}
+    settings = {"cwd": cwd, "env": {**os.environ, **settings, **environment}, "timeout": 300}
     command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, **settings, **environment}
-    process = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert not check or process.returncode == 0, process.stderr
-    return process
-
-
-def assert_refused(process, *words):
-    """Exit code 2, one line on stderr besides warnings, no traceback, the words a user needs."""
-    lines = [x for x in process.stderr.splitlines() if x and not x.startswith("warning: ")]
-    assert process.returncode == 2, process.stderr
-    assert len(lines) == 1 and "error: " in lines[0], process.stderr
-    for word in words:
-        assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 SMALL = "--arch test_resnet --weights none --size 32 --batch-size 8 --lr 1e-2 --device cpu --seed 3"

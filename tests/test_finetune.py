@@ -33,7 +33,7 @@ def zeroed(model, neurons, unit="channel"):
     return model
 
 
-def test_losses_by_hand():
+def test_nt_xent_and_the_other_losses_by_hand():
     """Two images, features alike within one and at right angles between them: each anchor sees one
     1 and two 0. Softmax of (ln 3, 0) is (3/4, 1/4): 1/8 off (1, 0) and 9/8 off (0, 1)."""
     r = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
@@ -150,9 +150,6 @@ def test_selection_spread():
         sd = pytest.approx(math.sqrt(p * (1 - p) / 20), rel=0.1)
         found = stage.selection_spread(right, g, epoch, 0)
         assert found == {"acc_worst_sd": sd, "chosen": {2: 1.0}}
-
-
-# ---- whole runs ----
 
 
 @pytest.fixture

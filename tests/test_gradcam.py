@@ -178,7 +178,6 @@ def draw(run, more):
 
 def test_a_run_with_masks(run, capsys):
     results = draw(run, f"--masks {run}/masks --n 4")
-    assert {path.name for path in (run / "gradcam").iterdir()} == {*gradcam.FILES}
     assert "without a usable mask: 1 missing" in capsys.readouterr().err
     assert [row["label"] for row in results["images"]] == [0, 0, 1, 1]  # G1*, G1*, G2*, G2*
     for row in results["images"]:  # the reversed head says the opposite, as surely

@@ -1,9 +1,6 @@
 """Networks by name, weights from a file or the hub, checkpoints that describe themselves."""
 
-import errno
 import math
-import os
-from unittest.mock import Mock
 
 import pytest
 import timm
@@ -66,12 +63,6 @@ def test_a_transformers_weights_of_another_size(tmp_path):
     assert torch.equal(small.blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight)
 
 
-def test_real_weights(real_data):
-    path = real_data / "weights/tf_efficientnet_lite0.pth"
-    model = build_model("tf_efficientnet_lite0", 2, 64, str(path))
-    assert_body(model, torch.load(path, weights_only=True))
-
-
 def test_default_weights_are_those_of_the_hub(tmp_path, monkeypatch):
     """They lie in its cache, or cannot be had without a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -94,13 +85,10 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     narrow.conv1 = torch.nn.Conv2d(1, 64, 7, bias=False)
     torch.save(narrow.state_dict(), "narrow.pth")
     torch.save(other.state_dict(), "other.pth")
-    files = {"html.pth": b"<html>404</html>"}
-    files["cut.pth"] = (tmp_path / "other.pth").read_bytes()[:5000]
-    files["code.pth"] = b"cos\nmkdir\n(S'ran'\ntR."  # a pickle that calls os.mkdir("ran")
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+    call = b"cos\nmkdir\n(S'ran'\ntR."  # a pickle that calls os.mkdir("ran")
+    (tmp_path / "code.pth").write_bytes(call)
     bad = {"none.pth": "no such file", "other.pth": "Missing key.*conv1", "narrow.pth": "mismatch"}
-    for name, words in (bad | dict.fromkeys(files, "cannot be used")).items():
+    for name, words in {**bad, "code.pth": "cannot be used"}.items():
         with pytest.raises(BadInput, match=f"{name}: .*{words}"):
             build_model("resnet18", 2, 64, name)
     assert not (tmp_path / "ran").exists()
@@ -117,8 +105,6 @@ def test_what_cannot_be_built(arch, size, words):
     with pytest.raises(BadInput, match=words):
         build_model(arch, 2, size)
 
-
-# ---- checkpoints ----
 
 ABOUT = {"arch": "resnet10", "n_classes": 2, "size": 32, "epoch": 7, "args": {}, "metrics": {}}
 ABOUT |= {"classes": ["a", "b"], "mean": [0.5] * 3, "std": [0.2] * 3, "data": {}}
@@ -139,35 +125,21 @@ def test_round_trip(tmp_path, model):
     assert common.fingerprint_of(model) != common.fingerprint_of(again)
 
 
-ODD = [({"size": "32"}, "TypeError: size is '32'"), ({"args": None}, "TypeError: args")]
-ODD += [(change, "cannot be used") for change in ({"mean": [0.5, 0.5]}, {"std": ["a", "b", "c"]})]
-ODD += [(change, "do not fit its own") for change in ({"arch": "resnet18"}, {"n_classes": 3})]
+ODD = [{"size": "32"}, {"args": None}, {"mean": [0.5, 0.5]}, {"std": ["a", "b", "c"]}]
+ODD += [{"arch": "resnet18"}, {"n_classes": 3}]
 
 
-@pytest.mark.parametrize("change,words", ODD)
-def test_odd_fields(tmp_path, model, change, words):
-    save_checkpoint(tmp_path / "a.pt", model, **{**ABOUT, **change})
-    with pytest.raises(BadInput, match=f"a.pt: .*{words}"):
-        load_model(tmp_path / "a.pt")
-
-
-def test_damaged_checkpoints_and_a_full_disk(tmp_path, model, monkeypatch):
+def test_damaged_foreign_and_odd_checkpoints(tmp_path, model):
     path = tmp_path / "a.pt"
-    with pytest.raises(BadInput, match="a.pt: no such file; train_erm.py"):
-        load_model(path)
     torch.save({"weight": torch.zeros(2)}, path)
-    foreign = path.read_bytes()
-    save_checkpoint(path, model, **ABOUT)
-    whole = path.read_bytes()
-    bit = bytearray(whole)
-    bit[len(bit) // 2] ^= 1  # torch.load would read a slightly different weight
-    for damaged in (bit, whole[: len(whole) // 2], b"", b"<html>", foreign):
-        path.write_bytes(damaged)
+    bad = [path.read_bytes()]
+    for change in [*ODD, {}]:
+        save_checkpoint(path, model, **{**ABOUT, **change})
+        bad.append(bytearray(path.read_bytes()))
+    bad[-1][len(bad[-1]) // 2] ^= 1  # torch.load would read a slightly different weight
+    for content in bad:
+        path.write_bytes(content)
         with pytest.raises(BadInput, match="a.pt: cannot be used"):
             load_model(path)
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(BadInput, match="a.pt cannot be written .No space left.*MB free"):
-        save_checkpoint(path, model, **ABOUT)
-    assert path.read_bytes() == foreign and [*tmp_path.iterdir()] == [path]
     with pytest.raises(BadInput, match="a.pt/b cannot be written"):
         common.write(path / "b", "x")

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -40,14 +39,12 @@ def test_group_report_by_hand():
     assert common.in_percent(report) == " 75.0  50.0*  50.0* -"  # starred: minorities
 
 
-@pytest.mark.parametrize(
-    "arch,layer,layers,unit,n",
-    [
-        ("resnet10", "conv1", 13, "channel", 1504),
-        ("resnet50", "layer1.0.downsample.0", 53, "channel", 26560),  # section 2.1
-        ("vit_tiny_patch16_224", "blocks.11.attn.qkv", 48, "weight", 5308416),
-    ],
-)
+NEURONS = [("resnet10", "conv1", 13, "channel", 1504)]
+NEURONS += [("resnet50", "layer1.0.downsample.0", 53, "channel", 26560)]  # section 2.1
+NEURONS += [("vit_tiny_patch16_224", "blocks.11.attn.qkv", 48, "weight", 5308416)]
+
+
+@pytest.mark.parametrize("arch,layer,layers,unit,n", NEURONS)
 def test_neurons_of_an_architecture(arch, layer, layers, unit, n, capsys):
     model = network(arch)
     found, counts = common.find_neurons(model)
@@ -58,17 +55,15 @@ def test_neurons_of_an_architecture(arch, layer, layers, unit, n, capsys):
 
 
 def test_odd_architectures():
-    """A head that is a convolution, attention of torch's own, an attention pool that does not make
-    a network a transformer, and nothing in front of the head."""
+    """A head that is a convolution, attention of torch's own, linear layers that do not make a
+    network a transformer, and nothing in front of the head."""
     squeezenet = common.prunable_layers(torchvision.models.squeezenet1_1(num_classes=2))
     assert "features.0" in squeezenet and "classifier.1" not in squeezenet
     transformer = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=2)
     attention = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
     assert attention in common.prunable_layers(transformer)
-    pool = timm.layers.AttentionPool2d(64, feat_size=4, num_heads=4)
-    convolutions = [torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 7)]
-    model = torch.nn.Sequential(*convolutions, pool, torch.nn.Linear(64, 2))
-    assert common.find_neurons(model)[0] == "channel"
+    layers = [torch.nn.Conv2d(3, 64, 7), *(torch.nn.Linear(64, n) for n in (64, 64, 2))]
+    assert common.find_neurons(torch.nn.Sequential(*layers))[0] == "channel"
     for layers in ([torch.nn.Flatten(), torch.nn.Linear(3, 2)], [torch.nn.Flatten()]):
         with pytest.raises(BadInput, match="neither convolutions nor linear layers"):
             common.prunable_layers(torch.nn.Sequential(*layers))
@@ -187,27 +182,17 @@ def test_accuracy_under_against_really_modified_copies(kind, capsys):
         variants.append(Variant(neurons[:2], "random-init", 100.0, n))
     first, *_, last = counts
     variants.append(Variant([(first, 0), (last, 1)], "random-init", 100.0))
+    x = data[0][0]
+    with torch.inference_mode():  # the graph gives the same logits, bit for bit
+        traced = common.trace_graph(model.eval(), x[:2])
+        ways = [common.logits_under(model, x.clone(), variants, unit, t) for t in (traced, None)]
+    assert all(map(torch.equal, *([whole, *found] for whole, found in ways)))
     found = accuracy_under(model.train(), data, variants, unit)
     assert found == [by_brute_force(model, data, variant, unit) for variant in variants]
     assert any(row["to_wrong"] + row["to_right"] for by in found for row in by.values())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(x, image) for (x, *_), (image, *_) in zip(data, images))
     assert model.training and ("full pass" in capsys.readouterr().err) == (kind == "branching")
-
-
-@pytest.mark.parametrize("kind", ["resnet10", "odd"])
-def test_the_graph_gives_the_same_logits(kind):
-    """Bit for bit, from whichever layer on the network is run anew."""
-    model = (Odd(branching=False) if kind == "odd" else network(kind)).eval()
-    x = batches((4,))[0][0]
-    variants = [Variant([(layer, 0)]) for layer in common.prunable_layers(model)]
-    with torch.inference_mode():
-        traced = common.trace_graph(model, x[:2])
-        whole, found = common.logits_under(model, x.clone(), variants, traced=traced)
-        plain, expected = common.logits_under(model, x, variants)
-    assert traced is not None and torch.equal(whole, plain)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    assert sum(not torch.equal(logits, plain) for logits in found) > len(found) // 2
 
 
 def test_sample_groups():

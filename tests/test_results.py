@@ -7,7 +7,7 @@ import pytest
 import common
 from results import compare
 
-from .conftest import ROOT, assert_refused, run_script
+from .conftest import ROOT, run_script
 
 ARGS = {"seed": 0, "epochs": 5, "lr": 2e-4, "batch_size": 128, "augment": "none", "method": "new"}
 DATA = "a/metadata.csv, net"
@@ -112,7 +112,8 @@ def test_add_replaces_and_bad_files_are_named(tmp_path, monkeypatch, capsys):
 
 
 def test_refusals_are_one_line(tmp_path):
-    assert_refused(run_script(ROOT / "results/compare.py", "no", cwd=tmp_path, check=False), "no:")
+    done = run_script(ROOT / "results/compare.py", "no", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr == "compare.py: error: no: no such folder\n"
     for words, arguments in {"finished": f"{tmp_path}", "f.doc": "--write --figure f.doc"}.items():
         with pytest.raises(common.BadInput, match=words):
             compare.main(compare.parse_args(arguments.split()))

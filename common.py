@@ -1254,6 +1254,7 @@ def script(folder, afterwards="the same command continues"):
 
     warnings.simplefilter("ignore")  # what the user should know, we say
     logging.disable(logging.WARNING)
+    sys.unraisablehook = lambda _: None  # a dead worker is reported from every corner, once by us
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, stop)
@@ -1288,6 +1289,7 @@ def script(folder, afterwards="the same command continues"):
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate|DataLoader worker", str(error)):
             raise
-        message = f"{str(error).splitlines()[0][:160]}; try a smaller --batch-size or --workers 0"
+        reason = str(error).splitlines()[0][:160].rstrip(". ")
+        message = f"{reason}; try a smaller --batch-size or --workers 0"
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2) from None

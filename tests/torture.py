@@ -344,7 +344,22 @@ def flagged(bench):
     shutil.rmtree(folder)
 
 
-KINDS = (killed, signalled, full, two, damaged, flagged)
+def bereft(bench):
+    """A worker of the data loader is killed: one line."""
+    folder, command = bench.copy(), ERM.replace("--workers 0", "--workers 2")
+    pid = start(folder, command.replace("--epochs 2", "--epochs 90"))
+    workers, children = [], Path(f"/proc/{pid}/task/{pid}/children")
+    while len(workers) < 2 and children.exists():  # one alone may be git
+        workers = children.read_text().split()
+        time.sleep(0.02)
+    time.sleep(2 * bench.random.random())
+    os.kill(int(bench.random.choice(workers)), signal.SIGKILL)
+    code, err = finish(folder, pid)
+    bench.note("workers", code == 2 and one_line(err, "DataLoader worker"), f"{code} {err[-500:]}")
+    shutil.rmtree(folder)
+
+
+KINDS = (killed, signalled, full, two, damaged, flagged, bereft)
 
 
 def torture(folder, seconds, seed=0):

@@ -1128,7 +1128,8 @@ def draw_with_replacement(n, generator, resamples=1000):
 def read_json(path):
     """What a JSON file of a run folder holds. Raises BadInput."""
     with reading(path, "it should be JSON that this project wrote; run its stage again"):
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
+        return dict(content.items())  # raises where it is a list
 
 
 def write_json(path, content):

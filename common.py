@@ -350,11 +350,8 @@ def draw_birds(parts, a, generator, size=48):
         return (0.5 - outside * scale * size / 3).clamp(0, 1)
 
     body, neck, beak, head = parts[:, :, None, None, None].unbind(1)
-    level, head_u, head_v = (
-        torch.zeros(1),
-        0.7 * body + neck * lean.sin(),
-        -0.35 - neck * lean.cos(),
-    )
+    head_u, head_v = 0.7 * body + neck * lean.sin(), -0.35 - neck * lean.cos()
+    level = torch.zeros(1)
     bird = stick(0.4 - body, 0, level, 2 * body - 1.1, 0.4, 0.7)
     bird = bird.maximum(stick(0.7 * body, -0.35, lean - math.pi / 2, neck, 0.34, 0.2))
     bird = bird.maximum(stick(head_u, head_v, level, 0.01, head, head))
@@ -397,7 +394,7 @@ def make_transform(size, augment="none", drawn=False):
     its first two rows, which are all that the released code uses ('crop-flip'), or, for evaluation
     ('none'), resize to 256 x 256 and centre crop 224 as everywhere in the field, in proportion for
     other sizes. drawn: the pictures of the built-in set have the network's size."""
-    evaluation = [v2.Resize((round(size * 256 / 224),) * 2), v2.CenterCrop(size)]
+    squeeze = [v2.Resize((round(size * 256 / 224),) * 2), v2.CenterCrop(size)]
     table1 = [
         v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.75, 1.33)),
         v2.RandomHorizontalFlip(p=0.5),
@@ -405,8 +402,8 @@ def make_transform(size, augment="none", drawn=False):
         v2.RandomAffine(degrees=0, translate=(0.1, 0.1), scale=(0.9, 1.1)),  # "ratio" in Table 1
         v2.RandomPerspective(distortion_scale=0.2),
     ]
+    evaluation = [] if drawn else squeeze
     steps = {"none": evaluation, "crop-flip": table1[:2], "table1": table1}[augment]
-    steps = [] if drawn and augment == "none" else steps
     return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
 
 
@@ -435,8 +432,9 @@ class Images(Dataset):
         self.y, self.g = torch.from_numpy(table.y[rows]), torch.from_numpy(table.g[rows])
         self.root, self.mean, self.std, self.views, self.seed = table.root, mean, std, views, seed
         self.built_in = (split, size, difficulty) if table.source == "synthetic" else None
-        missing = [file for file in self.files if not (table.root / file).is_file()]
-        if missing and not self.built_in:
+        named = [] if self.built_in else self.files
+        missing = [file for file in named if not (table.root / file).is_file()]
+        if missing:
             some = f"{len(missing)} of {len(rows)} {split} images are missing"
             which = ", ".join(missing[:3])
             raise BadInput(f"{table.root}: {some} ({which}); was the archive unpacked completely?")
@@ -581,6 +579,16 @@ def head_names(model):
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def load_tensors(path):
+    """What torch.save wrote, on the CPU; runs no code that a file may hold. Raises if a checksum of
+    the archive, at which torch.load does not look, is wrong."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_body(model, path):
     """Load a file of weights, .pth or .safetensors, plain or wrapped by a trainer, of this or (for
     transformers) of another input size; everything but the head must fit. Raises BadInput."""
@@ -588,7 +596,7 @@ def load_body(model, path):
         if str(path).endswith(".safetensors"):
             state = safetensors.torch.load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path)
         for wrapper in ("state_dict", "model_state_dict", "model"):
             state = state.get(wrapper, state)
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -611,10 +619,7 @@ def load_checkpoint(path):
     """What a training stage wrote, on the CPU. Raises BadInput if it is missing, damaged,
     foreign."""
     with reading(path, "train_erm.py and finetune_contrastive.py make such checkpoints"):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # by checksums, which torch.load does not look at
-                raise ValueError("damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(path)
         torch.tensor([checkpoint["mean"], checkpoint["std"]]).view(2, 3)  # raises if they are not
         kinds = {"arch": str, "n_classes": int, "size": int, "epoch": int, "data": dict}
         for key, kind in {**kinds, "args": dict, "classes": list}.items():
@@ -1028,9 +1033,9 @@ def sample_groups(g, groups, most=None, whole=(), seed=0):
 # 5. Runs: flags, folders, errors
 # ------------------------------------------------------------------------------------------------
 
-# Arguments that leave the results alone; data and start are compared by fingerprint instead
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 STOP_SIGNALS += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+# Arguments that leave the results alone; data and start are compared by fingerprint instead
 NOT_SETTINGS = {"run", "name", "data", "checkpoint", "device", "workers", "overwrite"}
 NOT_SETTINGS |= {"keep_epochs"}
 
@@ -1080,11 +1085,9 @@ def bf16_gain(device):
     """How much faster a convolution is in bf16 on this device, by trying."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
-        x, weight = (
-            torch.ones(8, 64, 64, 64, device=device),
-            torch.ones(64, 64, 3, 3, device=device),
-        )
-        x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, weight))
+        kind = {"dtype": dtype, "device": device}
+        x = torch.ones(8, 64, 64, 64, **kind).to(memory_format=torch.channels_last)
+        weight = torch.ones(64, 64, 3, 3, **kind).to(memory_format=torch.channels_last)
         for _ in range(3):  # the first one is slow
             started = time.perf_counter()
             F.conv2d(x, weight).sum().item()

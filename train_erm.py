@@ -96,7 +96,8 @@ def main(args):
         args.weights = str(Path(args.weights).resolve())
 
     # Everything that can be refused is looked at before the folder is touched
-    weights = args.weights
+    folder, weights = args.run / "erm", args.weights
+    common.check_folder(folder, FILES)
     if (table.source, args.arch, weights) == ("synthetic", "resnet10", "default"):
         weights = birds_weights(args.size)
     torch.manual_seed(args.seed)  # of the head
@@ -109,7 +110,6 @@ def main(args):
     for name in common.SPLITS:
         split = common.open_split(about, table, name)
         loaders[name] = common.make_loader(split, args.batch_size, args.workers)
-    folder = args.run / "erm"
     last, finished = common.start_or_continue(folder, args, FILES, data=table.fingerprint())
     if finished is not None:
         with common.reading(folder / "results.json", "use --overwrite"):

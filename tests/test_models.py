@@ -87,8 +87,12 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     torch.save(other.state_dict(), "other.pth")
     call = b"cos\nmkdir\n(S'ran'\ntR."  # a pickle that calls os.mkdir("ran")
     (tmp_path / "code.pth").write_bytes(call)
+    torch.save(torchvision.models.resnet18().state_dict(), "bit.pth")
+    data = bytearray((tmp_path / "bit.pth").read_bytes())
+    data[len(data) // 2] ^= 1  # torch.load would read a slightly different weight
+    (tmp_path / "bit.pth").write_bytes(data)
     bad = {"none.pth": "no such file", "other.pth": "Missing key.*conv1", "narrow.pth": "mismatch"}
-    for name, words in {**bad, "code.pth": "cannot be used"}.items():
+    for name, words in {**bad, "code.pth": "cannot be used", "bit.pth": "damaged"}.items():
         with pytest.raises(BadInput, match=f"{name}: .*{words}"):
             build_model("resnet18", 2, 64, name)
     assert not (tmp_path / "ran").exists()

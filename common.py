@@ -612,7 +612,7 @@ def save_checkpoint(path, model, **fields):
     """Write the model's state and `fields`, tensors and plain types only (weights_only)."""
     buffer = io.BytesIO()  # first to memory: torch's own writer has no good word for a full disk
     torch.save({"model": model.state_dict(), **fields}, buffer)
-    write(path, buffer.getvalue())
+    write(path, buffer.getbuffer())  # not another copy
 
 
 def load_checkpoint(path):
@@ -896,7 +896,8 @@ def locate(positions, counts):
     """Positions among the neurons of all layers, {layer: n}, as a list of (layer, index)."""
     names, starts = list(counts), np.cumsum([0, *counts.values()])
     layers = np.searchsorted(starts, positions, side="right") - 1
-    return [(names[layer], int(i - starts[layer])) for layer, i in zip(layers, positions)]
+    indices = np.array(positions) - starts[layers]
+    return [(names[layer], i) for layer, i in zip(layers.tolist(), indices.tolist())]
 
 
 def neuron_masks(model, neurons, unit="channel"):
@@ -1037,7 +1038,7 @@ STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 STOP_SIGNALS += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 # Arguments that leave the results alone; data and start are compared by fingerprint instead
 NOT_SETTINGS = {"run", "name", "data", "checkpoint", "device", "workers", "overwrite"}
-NOT_SETTINGS |= {"keep_epochs"}
+NOT_SETTINGS |= {"keep_epochs", "deterministic"}
 
 
 def make_parser(description, notes):
@@ -1052,6 +1053,8 @@ def make_parser(description, notes):
     g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
     choices, half = ["fp32", "bf16"], "bf16: half the bits in convolutions and products (fp32)"
     g.add_argument("--precision", choices=choices, default="fp32", help=half)
+    same = "equal bytes on CUDA too, slower; refuses what has no such way"
+    g.add_argument("--deterministic", action="store_true", help=same)
     return p
 
 
@@ -1072,7 +1075,10 @@ def check_flags(args, *positive):
 
 def in_precision(args):
     """The context in which a stage runs: torch.autocast for --precision bf16, without its cache, as
-    weights change inside. Raises BadInput if --device is not there."""
+    weights change inside. Obeys --deterministic. Raises BadInput if --device is not there."""
+    torch.use_deterministic_algorithms(args.deterministic)
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses
     try:
         device, half = torch.empty(0, device=args.device).device, args.precision == "bf16"
         return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
@@ -1291,9 +1297,10 @@ def script(folder, afterwards="the same command continues"):
     except BadInput as error:
         message = " ".join(str(error).split())
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate|DataLoader worker", str(error)):
+        if not re.search("out of memory|can't allocate|DataLoader worker|determin", str(error)):
             raise
         reason = str(error).splitlines()[0][:160].rstrip(". ")
-        message = f"{reason}; try a smaller --batch-size or --workers 0"
+        advice = "without --deterministic" if "determin" in reason else "a smaller --batch-size"
+        message = f"{reason}; try {advice} or --workers 0"
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2) from None

@@ -18,15 +18,13 @@ last.pt, groups.png, curves.png, results.json. The same command again continues 
 
 import json
 import math
-import os
 import signal
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-if __name__ == "__main__":  # signals while torch is still loading; later common.script answers
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: os._exit(128 + n))
+if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

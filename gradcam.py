@@ -14,15 +14,13 @@ whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv an
 import copy
 import itertools
 import math
-import os
 import signal
 import textwrap
 from collections import Counter
 from pathlib import Path
 
-if __name__ == "__main__":  # signals while torch is still loading; later common.script answers
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: os._exit(128 + n))
+if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

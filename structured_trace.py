@@ -9,13 +9,11 @@ recorded, signed, in percentage points. Reads RUN/erm/best.pt and its data; writ
 (as a whole): args.json, layers.csv, fig07_layers.png, results.json.
 """
 
-import os
 import signal
 from pathlib import Path
 
-if __name__ == "__main__":  # signals while torch is still loading; later common.script answers
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: os._exit(128 + n))
+if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 from matplotlib.figure import Figure

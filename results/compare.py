@@ -32,7 +32,7 @@ ACCURACIES |= {"acc_mean_train_mix": "mean, groups in training mix"}
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
 # Arguments that say where things lie, or leave the numbers alone
 PLACES = {"run", "name", "data", "checkpoint", "kick_in", "before", "after", "images", "masks"}
-PLACES |= {"seed", "device", "workers", "overwrite", "keep_epochs"}
+PLACES |= {"seed", "device", "workers", "deterministic", "overwrite", "keep_epochs"}
 
 
 def parse_args(argv=None):

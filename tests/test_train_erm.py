@@ -141,10 +141,11 @@ def test_more_epochs_extend_a_run(train, erm_run, tmp_path):
         folder.mkdir()
     (run / "erm").symlink_to(tmp_path / "scratch")
     train("--epochs 2 --workers 2")
-    train()
+    train("--deterministic")
     assert (run / "erm").is_symlink() and len([*tmp_path.iterdir()]) == 2
     assert [*run.iterdir()] == [run / "erm"] and {*stamps(run)} == FILES
     assert content(run / "erm") == content(erm_run / "run/erm")
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_finished_run_shows_its_table(train, erm_run, copy):

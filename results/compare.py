@@ -5,8 +5,9 @@
     python results/compare.py runs/wb* --add --write    # into numbers.jsonl and into the report
 
 A cell is the mean over run folders +- the sample standard deviation (n). Gains are paired by run
-folder and carry the 95 % t-interval of their mean. "ERM continued" is the run of --method erm in
-the same run folder with the same start, epochs, learning rate, batch size, augmentation and seed.
+folder and carry the 95 % t-interval of their mean. "ERM continued" is the run of --method erm, and
+"random" that of --criterion random, in the same run folder with the same start, epochs, learning
+rate, batch size, augmentation and seed.
 Tracing: each group under the neurons selected by it; Matrix: every group under every set. Reads
 results.json and args.json of the stages; writes Figure 6.
 """
@@ -30,6 +31,7 @@ STAGES = ("erm", "trace", "structured", "finetune", "gradcam")
 ACCURACIES = {"acc_worst": "worst group", "acc_mean": "mean"}
 ACCURACIES |= {"acc_mean_train_mix": "mean, groups in training mix"}
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
+CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone
 PLACES = {"run", "name", "data", "checkpoint", "kick_in", "before", "after", "images", "masks"}
 PLACES |= {"seed", "device", "workers", "deterministic", "overwrite", "keep_epochs"}
@@ -284,16 +286,18 @@ def differences(shown, found, _):
         settings = [run["settings"][key] for key in BUDGET]
         return json.dumps([data_of(run), run["run"], run["start"], run["seed"], settings])
 
-    tuned, continued = of_stage(shown, "finetune"), {}
-    for run in of_stage(found, "finetune"):
-        if run["settings"]["method"] == "erm":
-            continued[budget(run)] = worst(run)
+    tuned = of_stage(shown, "finetune")
     for run in tuned:
         yield data_of(run), run["name"], "minus before", worst(run) - worst(run, "before")
-    for run in tuned:
-        if run["settings"]["method"] != "erm" and budget(run) in continued:
-            gain = worst(run) - continued[budget(run)]
-            yield data_of(run), run["name"], "minus ERM continued", gain
+    for column, (key, value) in CONTROLS.items():
+        control = {}
+        for run in of_stage(found, "finetune"):
+            if run["settings"].get(key) == value:
+                control[budget(run)] = worst(run)
+        for run in tuned:
+            compared = run["settings"]["method"] != "erm" and run["settings"].get(key) != value
+            if compared and budget(run) in control:
+                yield data_of(run), run["name"], column, worst(run) - control[budget(run)]
 
 
 def erm_groups(shown, *_):
@@ -359,6 +363,8 @@ def with_tables(page, records):
         parts, (block, _, pattern) = [], marker[1].partition(" ")
         for heading, header, rows in tables(block, records, records):
             lines, rows = [f"{heading}:", ""], [row for row in rows if re.search(pattern, row[0])]
+            if not rows:
+                continue
             for row in [header, ["---"] * len(header), *rows]:
                 lines.append(f"| {' | '.join(row)} |".replace("*", r"\*"))
             parts.append("\n".join([*lines, ""]))

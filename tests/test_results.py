@@ -47,15 +47,19 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path):
     for run, before, erm, tuned in ((r0, 0.2, 0.3, 0.5), (r1, 0.4, 0.5, 0.6)):
         put(run / "finetune", tuned, before)
         put(run / "control", erm, before, method="erm")
+        put(run / "random", erm + 0.1, before, criterion="random")
         put(run / "other-lr", 0.9, before, method="erm", lr=1e-3)
         put(run / "other-start", 0.9, before, {"start_epoch": 8}, method="erm")
     put(alone / "finetune", 0.9, 0.8)
     put(alone / "erm", 0.2, result={"stage": "erm"})
     gains, rows = (table(block, r0, r1, alone) for block in ("differences", "wga"))
     minus_erm = "+15.0 +- 7.1 (2) [-48.5, +78.5]"  # 20 and 10; 12.706 * 7.07 / sqrt(2) = 63.5
-    assert gains[DATA, "finetune"] == ["+20.0 +- 10.0 (3) [-4.8, +44.8]", minus_erm]
-    assert gains[DATA, "control"][1] == "-"  # below, the control was not asked for
-    assert table("differences", r0 / "finetune") == {(DATA, "finetune"): ["+30.0 (1)", "+20.0 (1)"]}
+    minus_random = "+5.0 +- 7.1 (2) [-58.5, +68.5]"
+    assert gains[DATA, "finetune"] == ["+20.0 +- 10.0 (3) [-4.8, +44.8]", minus_erm, minus_random]
+    assert gains[DATA, "control"][1:] == ["-", "-"]  # below, the controls were not asked for
+    assert [*table("differences", r0 / "finetune").values()] == [
+        ["+30.0 (1)", "+20.0 (1)", "+10.0 (1)"]
+    ]
     assert rows[DATA, "before: best.pt"][0].endswith("(5)")  # two starts in r0 and r1
     assert rows[DATA, "ERM, selected epoch"] == ["20.0 (1)", "70.0 (1)", "90.0 (1)"]
     assert table("groups", alone)[DATA, "G1* kind 1"] == ["90.0 (1)", "10.0 (1)", "20.0 (1)"]

@@ -217,16 +217,6 @@ def test_pixels_follow_from_seed_epoch_image_and_view(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_orders():
-    order, found = EpochOrder(33, 16, seed=0), []
-    for order.epoch, order.seed in ((1, 0), (2, 0), (1, 1), (1, 0)):
-        batches = list(order)
-        assert [len(batch) for batch in batches] == [16, 16]  # one image is left over
-        found.append(tuple(i for _, i in batches[0] + batches[1]))
-    assert len({*found[0]}) == 32 and found[0] == found[3] and len({*found}) == 3
-    assert len(list(EpochOrder(34, 16, seed=0))) == 3
-
-
 def test_images_of_other_modes_and_images_that_are_none(tmp_path):
     for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
         Image.new("RGB", (9, 7), (200, 200, 200)).convert(mode).save(tmp_path / "x.tif")

@@ -252,10 +252,9 @@ ARMS += ["--criterion gradient --gradient-source minority --unit weight --aux-bn
 
 @pytest.mark.parametrize("more", ARMS)
 def test_every_arm_runs(run, more):
-    results, log, _ = content(finetune(run, "arm", f"--epochs 1 {more}"))
+    _, log, _ = content(finetune(run, "arm", f"--epochs 1 {more}"))
     assert ("contrast" in log[1]["terms"]) == ("--method" not in more)
     assert log[1]["pruned"] == (38 if "weight" in more else 1 if "random" in more else 0)
-    assert results["method"] in ("contrastive", *more.split())
 
 
 def test_the_same_command_and_others(run, capsys):

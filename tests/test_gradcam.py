@@ -194,13 +194,10 @@ def test_a_run_with_masks(run, capsys):
     assert all(same[:10]) and not all(same[10:])  # five rows a group; G0 and G1 are of class 0
 
 
-def test_images_of_ones_own(run):
+def test_images_of_ones_own_and_refusals_that_leave_the_old_folder(run):
     results = draw(run, f"--images {next(run.rglob('*.jpg'))} --masks {run}/masks")
     assert results["target"] == "predicted" and results["focus"] == []
     assert results["images"][0]["label"] is None
-
-
-def test_refusals_leave_the_old_folder(run):
     assert draw(run, "--groups 3 --n 2")["images"][1]["caption"] == "G3 waterbird on water"
     before = (run / "gradcam/results.json").read_bytes()
     bad = {"--target 2": "expected label, predicted or a class, 0 .landbird.", "--n 0": "positive"}

@@ -125,11 +125,8 @@ def test_masked_modified_and_as_it_was(unit, index, how):
     assert masks.keys() == {"conv1.weight"} and not masks["conv1.weight"][place].any()
     masks["conv1.weight"][place] = True
     assert masks["conv1.weight"].all()
-
-
-def test_noise_of_nothing_is_refused():
-    for how, sigma in (("random-init", 0.0), ("random-noise", float("nan")), ("smallest", 1.0)):
-        with pytest.raises(BadInput, match="sigma > 0"), modified(network(), [], how, sigma):
+    for other, sigma in (("random-init", 0.0), ("random-noise", float("nan")), ("smallest", 1.0)):
+        with pytest.raises(BadInput, match="sigma > 0"), modified(model, [], other, sigma):
             pass
 
 

@@ -256,7 +256,8 @@ def with_interval(values):
 
 
 def data_of(run):
-    return f"{run['source']}, {run['arch']}"
+    half = run["settings"].get("precision") == "bf16"
+    return f"{run['source']}, {run['arch']}{', bf16' * half}"
 
 
 def of_stage(runs, stage):

@@ -2,8 +2,15 @@
 # The runs behind numbers.jsonl, one command a line: first ERM, then what starts from it.
 #   sh results/jobs.sh erm   | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '{}'
 #   sh results/jobs.sh later | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '{}'
+# Real birds: birds50/ is a set like Waterbirds; the front page makes the file of weights.
+birds="--data birds50 --arch tf_efficientnet_lite0 --weights tf_efficientnet_lite0.pth --size 128"
+birds="$birds --epochs 15 --batch-size 32 --keep-epochs 3 6 9 12"
 if [ "$1" = erm ]; then
-  for s in 0 1 2 3 4; do echo "python train_erm.py --run runs/s$s --seed $s"; done
+  for s in 0 1 2 3 4; do
+    echo "python train_erm.py --run runs/s$s --seed $s"
+    echo "python train_erm.py --run runs/b$s --seed $s $birds"
+  done
+  for s in 0 1 2; do echo "python train_erm.py --run runs/h$s --seed $s --precision bf16"; done
   exit
 fi
 tune() { seeds=$1; shift; for s in $seeds; do echo "python finetune_contrastive.py --run runs/s$s $*"; done; }
@@ -48,4 +55,22 @@ tune 0 --name shared --aux-bn shared
 for s in $all; do
   after="--after runs/s$s/finetune/best.pt runs/s$s/erm-continued/best.pt"
   echo "python gradcam.py --run runs/s$s --layer layer2.0.conv2 $after"
+done
+# Real birds: Table 12 and its controls, tracing, Grad-CAM
+for s in $all; do
+  run="--run runs/b$s"
+  echo "python finetune_contrastive.py $run --epochs 5"
+  echo "python finetune_contrastive.py $run --epochs 5 --name gradient --criterion gradient"
+  echo "python finetune_contrastive.py $run --epochs 5 --name erm-continued --method erm"
+  echo "python finetune_contrastive.py $run --epochs 5 --name none --criterion none"
+  echo "python finetune_contrastive.py $run --epochs 5 --name random --criterion random"
+  echo "python trace_neurons.py $run --max-per-group 100 --sigma 0.01"
+  echo "python structured_trace.py $run --max-per-group 100"
+  after="--after runs/b$s/finetune/best.pt runs/b$s/erm-continued/best.pt"
+  echo "python gradcam.py $run --n 4 --masks birds50/masks $after"
+done
+# Half precision
+for s in 0 1 2; do
+  echo "python finetune_contrastive.py --run runs/h$s --precision bf16"
+  echo "python finetune_contrastive.py --run runs/h$s --precision bf16 --name erm-continued --method erm"
 done

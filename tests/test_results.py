@@ -67,10 +67,10 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path):
 
 def test_csv_files_of_equal_name_stay_apart(tmp_path, capsys):
     for i, source in enumerate(("/x/a/m.csv", "/x/b/m.csv", "/y/b/m.csv", "/y/b/m.csv")):
-        put(tmp_path / f"r{i}" / "finetune", i / 10, result={"source": source}, lam=source, lr=i)
+        put(tmp_path / f"r{i}/finetune", i / 10, result={"source": source}, precision="bf16", lr=i)
     rows = table("wga", *tmp_path.iterdir())
     for source, cell in (("x/a", "0.0 (1)"), ("x/b", "10.0 (1)"), ("y/b", "25.0 +- 7.1 (2)")):
-        assert rows[f"{source}/m.csv, net", "finetune"][0] == cell
+        assert rows[f"{source}/m.csv, net, bf16", "finetune"][0] == cell
     compare.warn_of_differences(compare.read_runs([*tmp_path.iterdir()])[1])
     assert capsys.readouterr().err.endswith("finetune differ in more than the seed: lr\n")
 

@@ -1,7 +1,7 @@
 """What the scripts share: data, models and checkpoints, evaluation, neurons and masks, runs.
 
-Plain functions on tensors, in the order in which data flows. Nothing runs at import and there is no
-global state, so a function taken together with this one file survives being copied elsewhere.
+Plain functions on tensors, in the order in which data flows. Nothing runs at import, so a function
+taken together with this one file survives being copied elsewhere.
 Sections, equations, tables and figures named here are those of the paper, "Uncovering Memorization
 Effect in the Presence of Spurious Correlations" (You, Dai, Min et al.).
 """
@@ -264,11 +264,9 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
         twice = len({*zip(files, values)}) - len({*files})
         if twice:
             warn(f"{source}: {twice} images stand in more than one {what}")
-    root = folder = Path(folder).absolute()
-    for place in [folder / name for name in IMAGE_FOLDERS] + [Path.cwd()]:
-        if (place / files[0]).is_file():
-            root = place
-            break
+    folder = Path(folder).absolute()
+    places = [folder / name for name in IMAGE_FOLDERS] + [Path.cwd()]
+    root = next((place for place in places if (place / files[0]).is_file()), folder)
     return Table(str(source), root, files, y, a, g, split, classes, groups)
 
 
@@ -372,13 +370,12 @@ def draw_split(split, size, difficulty):
     """All images and masks of a split of the built-in set, once a process: see draw_birds."""
     table, generator = synthetic_table(), torch.Generator().manual_seed(SPLITS.index(split))
     rows = np.flatnonzero(table.split == SPLITS.index(split))
-    images, masks = [], []
+    drawn = []
     for some in np.split(rows, range(100, len(rows), 100)):  # what fits into the cache
         y, a = torch.from_numpy(table.y[some]), torch.from_numpy(table.a[some])
-        drawn = draw_birds(draw_parts(y, generator, difficulty), a, generator, size)
-        images.append(drawn[0])
-        masks.append(drawn[1])
-    return torch.cat(images), torch.cat(masks)
+        drawn.append(draw_birds(draw_parts(y, generator, difficulty), a, generator, size)[:2])
+    images, masks = map(torch.cat, zip(*drawn))
+    return images, masks
 
 
 def read_image(path):
@@ -489,10 +486,9 @@ class EpochOrder(Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.n, generator=generator).tolist()
-        for batch in range(len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(self.epoch, i) for i in chosen]
+        order = torch.randperm(self.n, generator=generator)
+        for batch in order.split(self.batch_size)[: len(self)]:
+            yield [(self.epoch, i) for i in batch.tolist()]
 
 
 def make_loader(images, batch_size=128, workers=0, order=None):
@@ -691,13 +687,12 @@ def on_device(model, *tensors):
 
 def predict(model, batches):
     """Logits (N, C), classes (N,) and groups (N,) of all batches (x, y, g, ...), on the CPU."""
-    logits, classes, groups = [], [], []
+    found = []
     with evaluating(model), torch.inference_mode():
         for x, y, g, *_ in tqdm(batches, "evaluate", disable=None, leave=False):
-            logits.append(model(*on_device(model, x)))
-            classes.append(y)
-            groups.append(g)
-    return torch.cat(logits).float().cpu(), torch.cat(classes), torch.cat(groups)
+            found.append((model(*on_device(model, x)), y, g))
+    logits, y, g = map(torch.cat, zip(*found))
+    return logits.float().cpu(), y, g
 
 
 def group_report(predicted, y, g, groups):
@@ -771,8 +766,8 @@ def plot_epochs(log, selected):
     for j, (ax, group) in enumerate(zip(axes, groups)):
         for name, style in (("train", {"color": "0.6"}), ("val", {"color": "0.0", "ls": "--"})):
             accuracies = [row[name]["groups"][j]["acc"] for row in log]
-            percent = [math.nan if acc is None else 100 * acc for acc in accuracies]
-            ax.plot(epochs, percent, label=name, **style)
+            percent = 100 * np.array(accuracies, dtype=float)  # None: NaN
+            ax.plot(epochs, percent, marker=".", ms=3, label=name, **style)
         ax.set(title=f"{short(group)} {group['name']}", ylim=(-3, 103))
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="lower right", fontsize=8)
@@ -813,15 +808,15 @@ def prunable_layers(model):
     """The weights that hold neurons, {layer: parameter} in network order: of all convolutions, or
     of all linear layers where these hold more weights (transformers). The layers that give the
     logits, and normalisation, never. Raises BadInput if nothing is left."""
-    heads, kinds = head_names(model), {"convolutions": {}, "linear layers": {}}
+    heads, convolutions, linear = head_names(model), {}, {}
     for name, module in model.named_modules():
         if isinstance(module, CONVOLUTIONS) and name not in heads:
-            kinds["convolutions"][name] = module.weight
+            convolutions[name] = module.weight
         if isinstance(module, torch.nn.Linear) and name not in heads:
-            kinds["linear layers"][name] = module.weight
+            linear[name] = module.weight
         if isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
-            kinds["linear layers"][f"{name}.in_proj_weight"] = module.in_proj_weight
-    layers = max(kinds.values(), key=lambda found: sum(w.numel() for w in found.values()))
+            linear[f"{name}.in_proj_weight"] = module.in_proj_weight
+    layers = max(convolutions, linear, key=lambda found: sum(w.numel() for w in found.values()))
     if not layers:
         raise BadInput("this network has neither convolutions nor linear layers before its head")
     return layers
@@ -857,20 +852,19 @@ def gradient_scores(model, batches, unit="channel"):
     leaves no .grad and all modes as they were."""
     layers, n = prunable_layers(model), 0
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    total = {name: torch.zeros_like(weight) for name, weight in layers.items()}
     # The same weights under another name, so that frozen ones have a gradient too
     z = {names[id(weight)]: weight.detach().requires_grad_() for weight in layers.values()}
+    for weight in z.values():
+        weight.grad = torch.zeros_like(weight)  # remains where eval mode skips a branch
     with evaluating(model), torch.enable_grad():
         for x, y, *_ in batches:
             x, y = on_device(model, x, y)
             loss = F.cross_entropy(functional_call(model, z, (x,)), y, reduction="sum")
-            gradients = torch.autograd.grad(loss, z.values(), allow_unused=True)
-            for name, v in zip(layers, gradients):
-                total[name] += 0 if v is None else v  # None: a branch that eval mode skips
+            loss.backward(inputs=list(z.values()))  # adds up over batches
             n += len(y)
     if n == 0:
         raise BadInput("no image to take the gradient of")
-    return {name: _norms(v / n, unit) for name, v in total.items()}
+    return {layer: _norms(v.grad / n, unit) for layer, v in zip(layers, z.values())}
 
 
 def worst_images(logits, y, index, generator, highest=256, draw=128):
@@ -1034,8 +1028,8 @@ def sample_groups(g, groups, most=None, whole=(), seed=0):
 # 5. Runs: flags, folders, errors
 # ------------------------------------------------------------------------------------------------
 
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-STOP_SIGNALS += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 # Arguments that leave the results alone; data and start are compared by fingerprint instead
 NOT_SETTINGS = {"run", "name", "data", "checkpoint", "device", "workers", "overwrite"}
 NOT_SETTINGS |= {"keep_epochs", "deterministic"}
@@ -1229,9 +1223,10 @@ def start_or_continue(folder, args, names, **inputs):
     changed = []
     with reading(folder / "args.json", "use --overwrite or another --run"):
         for key in now:
-            if key not in NOT_SETTINGS and before["args"][key] != now[key]:
-                longer = key == "epochs" and now[key] > before["args"][key]
-                changed += [] if longer else [f"{key} {before['args'][key]}, now {now[key]}"]
+            old = before["args"].get(key, "unknown")
+            longer = key == "epochs" and now[key] > old
+            if key not in NOT_SETTINGS and old != now[key] and not longer:
+                changed.append(f"{key} {old}, now {now[key]}")
         changed += [f"the {key} changed" for key in inputs if before["inputs"][key] != inputs[key]]
     if changed:
         what = f"is of a run with other settings ({'; '.join(changed[:4])})"

@@ -46,8 +46,8 @@ METHOD += ("features", "aux_bn", "temperature", "loss", "lam", "lam_reduction")
 NOTES = """In brackets: the default, which follows the paper's text; "code": what its released code
 does.
 
---kick-in          start from RUN/erm/epoch_N.pt; paper: 40 of 100; default: as early in whatever
-                   ERM ran, if it kept that epoch, else its best.pt (code: 41; CelebA 20)
+--kick-in          start from RUN/erm/epoch_N.pt; paper: 40 of 100; default: 40 % of ERM's epochs
+                   if it kept that one, else its best.pt (code: 41; CelebA 20)
 --method           contrastive: the paper's; supervised: its second term alone; erm: cross entropy
                    goes on, the control of the same budget
 --criterion        largest l2 norm of weights (magnitude), of gradient, or mixed, both sets (code:
@@ -344,6 +344,8 @@ def starting_point(args):
             kick_in = common.read_json(folder / "args.json")["args"]["epochs"] * 2 // 5
     path = folder / f"epoch_{kick_in or 0:03d}.pt"
     if args.kick_in is None and not path.exists():
+        if kick_in:
+            common.warn(f"{folder} did not keep epoch {kick_in}, 40 % of its epochs; best.pt it is")
         return folder / "best.pt"
     kept = [str(int(file.stem[6:])) for file in sorted(folder.glob("epoch_*.pt"))]
     if kept and not path.exists():
@@ -455,7 +457,7 @@ def plot(results, log, folder):
     fig, ax = common.plot_epochs(log, results["selected_epoch"])
     for i, name in enumerate(log[-1]["terms"]):
         values = [row["terms"].get(name, math.nan) for row in log[1:]]
-        style = {"color": str(0.2 * i % 0.8), "ls": ("--", "-", "-.")[i % 3]}
+        style = {"color": str(0.2 * i % 0.8), "ls": ("--", "-", "-.")[i % 3], "marker": "."}
         ax.plot(range(1, len(log)), values, label=name, **style)
     ax.set(title="loss terms", ylabel="loss")
     ax.legend(fontsize=8)

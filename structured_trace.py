@@ -5,8 +5,9 @@
 
 Paper: section 2.1.2, Figure 7. In every layer in turn the k neurons with the largest gradient (of
 each group its own) or magnitude are zeroed, and the change of every group's training accuracy is
-recorded, signed, in percentage points. Reads RUN/erm/best.pt and its data; writes RUN/structured/
-(as a whole): args.json, layers.csv, fig07_layers.png, results.json.
+recorded, signed, in percentage points. Beside them random neurons of the layer, a control that the
+paper lacks. Reads RUN/erm/best.pt and its data; writes RUN/structured/ (as a whole): args.json,
+layers.csv, fig07_layers.png, results.json.
 """
 
 import signal
@@ -16,13 +17,14 @@ if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch.utils.data import Subset
 
 import common
 
 FILES = ("args.json", "layers.csv", "fig07_layers.png", "results.json")
-CRITERIA = ("gradient", "magnitude")
+CRITERIA = ("gradient", "magnitude", "random")
 THIRDS = ("first", "middle", "last")
 
 
@@ -44,8 +46,12 @@ def parse_args(argv=None):
     g = p.add_argument_group("neurons")
     g.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto", help="(auto)")
     g.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (3)")
+    sets = "random sets in each layer, whose changes are averaged (5)"
+    g.add_argument("--controls", type=int, default=5, help=sets)
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0, help="of the sample of images (0)")
+    g.add_argument(
+        "--seed", type=int, default=0, help="of the sample of images and random sets (0)"
+    )
     g.add_argument("--batch-size", type=int, default=128, help="images a pass (128)")
     return p.parse_args(argv)
 
@@ -57,14 +63,14 @@ def main(args):
     built_in, groups = table.source == "synthetic", table.groups
     defaults = {"max_per_group": 100 if built_in else None}
     common.fill_defaults(args, {**defaults, "workers": 0 if built_in else common.count_cores()})
-    common.check_flags(args, "k", "batch_size", "max_per_group")
+    common.check_flags(args, "k", "controls", "batch_size", "max_per_group")
     new = common.new_folder(args.run / "structured", args, FILES)
     unit, counts = common.find_neurons(model, args.unit)
     small = [layer for layer, n in counts.items() if n < args.k]
     if small:
         common.warn(f"layers with fewer than {args.k} neurons lose all of them: {', '.join(small)}")
 
-    # Neurons of every layer: one set by magnitude, one per group by gradient
+    # Neurons of every layer: one set by magnitude, one per group by gradient, some at random
     train = common.open_split(checkpoint, table, "train")
     minority = [group["group"] for group in groups if group["minority"]]
     index = common.sample_groups(train.g, groups, args.max_per_group, minority, args.seed)
@@ -76,14 +82,19 @@ def main(args):
     for j in range(len(groups)):
         members = index[train.g[index] == j]
         scores["gradient", j] = common.gradient_scores(model, batches(members), unit)
+    rng = np.random.default_rng(args.seed)
+    for i in range(args.controls):  # the neurons of largest random score
+        drawn = {layer: torch.from_numpy(rng.random(n)) for layer, n in counts.items()}
+        scores["random", f"set {i}"] = drawn
     keys, variants = [], []
     for layer, n in counts.items():
         for (criterion, by), values in scores.items():
             neurons = common.top_neurons({layer: values[layer]}, min(args.k, n))
             keys.append({"layer": layer, "criterion": criterion, "selected_by": by})
-            variants.append(common.Variant(neurons, groups=None if by == "all" else (by,)))
+            own = (by,) if criterion == "gradient" else None
+            variants.append(common.Variant(neurons, groups=own))
 
-    # Each variant on the groups that it is for: magnitude's on all, the gradient's on its own
+    # Each variant on the groups that it is for: the gradient's on its own, the others on all
     rows = []
     found = common.accuracy_under(model, batches(index), variants, unit)
     for key, variant, by_group in zip(keys, variants, found):
@@ -106,13 +117,14 @@ def main(args):
 
 
 def heat_map(rows, criterion, layers, groups):
-    """Signed changes in percentage points, (groups, layers): each group under its own neurons."""
-    cells = {
-        (r["group"], r["layer"]): r["change_percent"] for r in rows if r["criterion"] == criterion
-    }
+    """Signed changes in percentage points, (groups, layers): each group under its own neurons, the
+    mean over random sets."""
+    cells = {}
+    for row in [row for row in rows if row["criterion"] == criterion]:
+        cells.setdefault((row["group"], row["layer"]), []).append(row["change_percent"])
     heat = np.zeros((len(groups), len(layers)))
     for i, group in enumerate(groups):
-        heat[i] = [cells[group["group"], layer] for layer in layers]
+        heat[i] = [np.mean(cells[group["group"], layer]) for layer in layers]
     return heat
 
 
@@ -143,9 +155,7 @@ def print_summary(summary, groups, k):
             print(f"{criterion:10s} {name:30s} mean {row['mean']:+7.2f}  {largest}")
         spread = "no minority accuracy changed"
         if found["thirds"]:
-            shares = [
-                f"{100 * share:.0f} % in the {t} third" for t, share in found["thirds"].items()
-            ]
+            shares = [f"{100 * x:.0f} % in the {t} third" for t, x in found["thirds"].items()]
             spread = f"of all minority change (absolute) {', '.join(shares)} of the layers"
         print(f"{criterion}: {spread}")
 
@@ -153,8 +163,8 @@ def print_summary(summary, groups, k):
 def plot_heat(heat, layers, groups, k, path):
     """Figure 7: a heat map per criterion, layers in network order, one scale: the darker, the
     larger the change; a drop carries no sign, a rise a '+'."""
-    fig = Figure(figsize=(4 + 0.2 * len(layers), 5.6), layout="constrained")
-    axes = fig.subplots(2, 1, sharex=True)
+    fig = Figure(figsize=(4 + 0.2 * len(layers), 7.2), layout="constrained")
+    axes = fig.subplots(len(heat), 1, sharex=True)
     most = max(1e-9, *(float(np.abs(values).max()) for values in heat.values()))
     for ax, (criterion, values) in zip(axes, heat.items()):
         image = ax.imshow(np.abs(values), cmap="Greys", vmin=0, vmax=most, aspect="auto")
@@ -163,9 +173,11 @@ def plot_heat(heat, layers, groups, k, path):
             ax.text(j, i, "+", ha="center", va="center", fontsize=7, color=colour)
         names = [f"{common.short(g)} {g['name']}" for g in groups]
         ax.set_yticks(range(len(groups)), names, fontsize=8)
-        ax.set_title(f"{k} neurons of largest {criterion}", fontsize=10)
-    axes[1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
-    axes[1].set_xlabel("layer, from input to output (* minority group)")
+        largest = f"{k} neurons of largest {criterion}"
+        random = f"control: {k} random neurons of the layer, mean"
+        ax.set_title(random if criterion == "random" else largest, fontsize=10)
+    axes[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+    axes[-1].set_xlabel("layer, from input to output (* minority group)")
     label = "|change| in training accuracy\n(percentage points; + marks a rise)"
     fig.colorbar(image, ax=axes, label=label)
     common.save_figure(fig, path, dpi=100)

@@ -268,7 +268,7 @@ def plot(results, log, folder):
     ax.set_title(f"Group accuracy, ERM, epoch {selected} (* minority)")
     common.save_figure(fig, folder / "fig01_group_accuracy.png")
     fig, ax = common.plot_epochs(log, selected)
-    ax.plot([row["epoch"] for row in log], [row["loss"] for row in log], color="0.3")
+    ax.plot([row["epoch"] for row in log], [row["loss"] for row in log], ".-", color="0.3")
     ax.set(title="training loss", ylabel="cross entropy")
     common.save_figure(fig, folder / "curves.png")
 

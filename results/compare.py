@@ -167,7 +167,10 @@ def cells_of(result):
     if result["stage"] == "structured":
         for criterion, found in result["summary"].items():
             for third, share in (found["thirds"] or {}).items():
-                yield criterion, f"{third} third", [100 * share]
+                yield criterion, f"{third} third, %", [100 * share]
+            for group, of_group in zip(result["groups"], found["groups"]):
+                if group["minority"]:
+                    yield criterion, f"{common.short(group)}, points", [of_group["mean"]]
     if result["stage"] == "gradcam":
         for row in result["focus"]:
             for measure in ("mass", "pointing"):
@@ -325,7 +328,7 @@ TABLES = {  # what is averaged, how its mean is written, what it is
     "differences": (differences, with_interval, "gain in worst group, points, paired [95 %]"),
     "groups": (erm_groups, cell, "accuracy of ERM at the selected epoch in %"),
     "trace": (table_lines, signed, "change in accuracy in points"),
-    "structured": (table_lines, cell, "where the minorities' change lies, % of its absolute sum"),
+    "structured": (table_lines, cell, "minorities' change, share of it and mean of all layers"),
     "gradcam": (table_lines, signed, "focus on the object, after minus before, points"),
 }
 

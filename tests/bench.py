@@ -206,11 +206,11 @@ def tracing(_):
         compare(
             "structured trace, 53 and 27 variants", "about 2", run(x, variants, traced), fewer, 3
         )
-    args = trace_neurons.parse_args(["--repeats", "1", "--controls", "0"])
+    args = trace_neurons.parse_args(["--repeats", "3", "--controls", "0"])  # default: 10 and 40
     ranked = {("magnitude", "all"): common.top_neurons(scores, 10)}
     ranked |= {("gradient", j): common.top_neurons(scores, 10 + j)[j:] for j in range(4)}
     planned = [variant for _, variant in trace_neurons.plan(args, ranked, "train")]
-    g = torch.arange(12) % 4
+    x, g = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
     batch = [(x, g // 2, g)]
     everywhere = [common.Variant(v.neurons, v.how, v.sigma, v.seed) for v in planned]
 

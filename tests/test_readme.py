@@ -31,7 +31,7 @@ OTHERS = "-m venv|-m pytest|-m tests.(torture|bench)|install -r requirements.txt
 # In the place of python and pip: writes down what it was called with, and does nothing
 STAND_IN = '#!/bin/bash\necho "${@@Q}" >> record\n'
 # Runs an array job here: --array=1-N --requeue --open-mode=append --wrap COMMAND
-SBATCH = '#!/bin/bash\nfor i in $(seq ${1#--array=1-}); do SLURM_ARRAY_TASK_ID=$i sh -c "$5"; done'
+SBATCH = '#!/bin/bash\nfor i in $(seq ${1##*-}); do SLURM_ARRAY_TASK_ID=$i sh -c "${@: -1}"; done'
 
 
 @pytest.fixture
@@ -114,11 +114,10 @@ def test_the_examples_to_copy(capsys):
     assert not any(names["masks"][f"{layer}.weight"][i].any() for layer, i in critical)
 
 
-def test_a_data_set_in_code(tmp_path, monkeypatch):
+def test_a_data_set_in_code(tmp_path):
     rows = [(f"{y}_{a}_{s}_{n}.png", y, a, s) for n, (_, y, a, s) in enumerate(labelled_rows())]
     write_images(tmp_path / "digits", rows)
-    monkeypatch.chdir(tmp_path)
-    exec(PYTHON[2], names := dict(vars(common)))  # noqa: S102
+    exec(PYTHON[2], names := {**vars(common), "__file__": tmp_path / "common.py"})  # noqa: S102
     table = names["digits"]()
     assert table.source == "digits" and len(table.files) == len(rows) and len(table.groups) == 4
     assert all((table.root / file).is_file() for file in table.files)

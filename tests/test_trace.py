@@ -60,8 +60,9 @@ def test_the_planted_filter_is_found(on_planted, tmp_path):
         for test in pick(control["tests"], group=2):
             assert test["observed"] == -100 and test["p"] <= 2 / 41 and test["sets"] == 40
     trace(structured_trace, tmp_path)
-    changes = [float(row["change_percent"]) for row in read(tmp_path / "structured/layers.csv")]
-    assert changes == 2 * [0, 0, -100, 0]
+    found = read(tmp_path / "structured/layers.csv")
+    assert [float(row["change_percent"]) for row in found[:8]] == 2 * [0, 0, -100, 0]
+    assert len(found) == 28 and {row["criterion"] for row in found[8:]} == {"random"}
     summary = common.read_json(tmp_path / "structured/results.json")["summary"]["gradient"]
     assert summary["groups"][2] == {"group": 2, "mean": -100, "largest": -100, "layer": "0"}
 

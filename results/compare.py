@@ -165,12 +165,19 @@ def cells_of(result):
                 more = test["observed"] - test["mean"]
                 yield f"Control: {criterion} minus {random}", group, [more]
     if result["stage"] == "structured":
+        cells = {}
         for criterion, found in result["summary"].items():
-            for third, share in (found["thirds"] or {}).items():
-                yield criterion, f"{third} third, %", [100 * share]
+            thirds = (found["thirds"] or {}).items()
+            cells[criterion] = {f"{third} third, %": 100 * share for third, share in thirds}
             for group, of_group in zip(result["groups"], found["groups"]):
                 if group["minority"]:
-                    yield criterion, f"{common.short(group)}, points", [of_group["mean"]]
+                    cells[criterion][f"{common.short(group)}, points"] = of_group["mean"]
+        for criterion, values in cells.items():
+            for column, value in values.items():
+                yield criterion, column, [value]
+                if criterion != "random" and column in cells["random"]:
+                    more = value - cells["random"][column]
+                    yield f"Control: {criterion} minus random", column, [more]
     if result["stage"] == "gradcam":
         for row in result["focus"]:
             for measure in ("mass", "pointing"):

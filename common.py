@@ -1047,7 +1047,7 @@ def make_parser(description, notes):
     g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
     choices, half = ["fp32", "bf16"], "bf16: half the bits in convolutions and products (fp32)"
     g.add_argument("--precision", choices=choices, default="fp32", help=half)
-    same = "equal bytes on CUDA too, slower; refuses what has no such way"
+    same = "equal bytes on CUDA too, slower; what cannot be done so is an error"
     g.add_argument("--deterministic", action="store_true", help=same)
     return p
 

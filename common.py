@@ -1008,8 +1008,8 @@ def accuracy_under(model, batches, variants, unit="channel"):
                     after = logits.argmax(1) == y[g == j]
                     row = counts[i].setdefault(j, dict.fromkeys(COUNTS, 0))
                     images = (before | ~before, before, after, before & ~after, ~before & after)
-                    for key, which in zip(COUNTS, images):
-                        row[key] += int(which.sum())
+                    for key, n in zip(COUNTS, torch.stack(images).sum(1).tolist()):
+                        row[key] += n
     return counts
 
 

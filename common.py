@@ -965,10 +965,15 @@ class _Fork(torch.fx.Interpreter):
         return super().run_node(node)
 
 
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module, name):  # what has no parts need not be taken apart
+        return not [*module.children()] or super().is_leaf_module(module, name)
+
+
 def trace_graph(model, x):
     """The network as a torch.fx graph, or None, said once, where that does not do the same."""
     with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
-        traced = torch.fx.symbolic_trace(model)
+        traced = torch.fx.GraphModule(model, _Tracer().trace(model))
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced
     warn("torch.fx cannot trace this network; every variant takes a full pass")

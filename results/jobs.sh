@@ -65,7 +65,7 @@ for s in $all; do
   echo "python finetune_contrastive.py $run --epochs 5 --name none --criterion none"
   echo "python finetune_contrastive.py $run --epochs 5 --name random --criterion random"
   echo "python trace_neurons.py $run --max-per-group 100 --sigma 0.01"
-  echo "python structured_trace.py $run --max-per-group 50 --controls 3"
+  echo "python structured_trace.py $run --max-per-group 50 --controls 2"
   after="--after runs/b$s/finetune/best.pt runs/b$s/erm-continued/best.pt"
   echo "python gradcam.py $run --n 4 --masks birds50/masks $after"
 done

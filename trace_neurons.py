@@ -50,8 +50,8 @@ NOTES = """In brackets: the default.
                     its 256 with the highest loss (section 4.1)
 --top-k             all are zeroed; the random modifications and the figures take those up to 3
 --repeats           draws of noise, the same ones for every k, sigma and criterion
---controls          so many random sets of 3 neurons of all layers, and as many of the same layers as
-                    each critical set; 0: none, else at least 19
+--controls          so many random sets of 3 neurons of all layers, and as many of the same layers
+                    as each critical set; 0: none, else at least 19
 """
 
 

@@ -368,13 +368,15 @@ def print_table(heading, header, rows):
 
 def with_tables(page, records):
     """The text of the page, the tables between its markers made anew. A marker names a block and,
-    behind a space, a pattern where not all rows of it shall stand there."""
+    behind an @, a pattern of data and network, behind a space, one of rows, if not all shall stand
+    there."""
 
     def fill(marker):
         parts, (block, _, pattern) = [], marker[1].partition(" ")
+        block, _, data = block.partition("@")
         for heading, header, rows in tables(block, records, records):
             lines, rows = [f"{heading}:", ""], [row for row in rows if re.search(pattern, row[0])]
-            if not rows:
+            if not rows or not re.search(data, heading):
                 continue
             for row in [header, ["---"] * len(header), *rows]:
                 lines.append(f"| {' | '.join(row)} |".replace("*", r"\*"))

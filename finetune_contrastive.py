@@ -386,6 +386,7 @@ def read_pruned(path, length, epoch):
     return text, {(layer, int(index)) for _, _, layer, index, _ in rows}
 
 
+@torch.autocast("cpu", enabled=False)  # sums in full precision
 def selection_spread(right, g, selected, seed, resamples=1000):
     """How firmly validation chose the epoch: right (epochs, N) says which validation images each
     epoch gets right, g (N,) their groups. Images are drawn anew with replacement within each group;

@@ -254,6 +254,7 @@ def focus(maps, masks):
     return torch.stack([mass, pointing], 1).masked_fill(nothing[:, None], math.nan)
 
 
+@torch.autocast("cpu", enabled=False)  # sums in full precision
 def bootstrap(values, seed=0, resamples=1000):
     """Mean (K,) and 95 % interval (2, K) of values (n, K) over images drawn anew; NaN is left out
     of a column, and is the result where a column has nothing else."""

@@ -206,7 +206,7 @@ def tracing(_):
         compare(
             "structured trace, 53 and 27 variants", "about 2", run(x, variants, traced), fewer, 3
         )
-    args = trace_neurons.parse_args(["--repeats", "3", "--controls", "0"])  # default: 10 and 40
+    args = trace_neurons.parse_args(["--repeats", "2", "--controls", "0"])  # default: 10 and 40
     ranked = {("magnitude", "all"): common.top_neurons(scores, 10)}
     ranked |= {("gradient", j): common.top_neurons(scores, 10 + j)[j:] for j in range(4)}
     planned = [variant for _, variant in trace_neurons.plan(args, ranked, "train")]
@@ -220,7 +220,7 @@ def tracing(_):
                 common.logits_under(model, x[g == j], everywhere)
 
     ours = lambda: common.accuracy_under(model, batch, planned)
-    compare("unstructured trace as planned, all by full passes", "<= 0.35", ours, full_passes, 3)
+    compare("unstructured trace as planned, all by full passes", "<= 0.35", ours, full_passes, 2)
 
 
 def maps(_):

@@ -110,11 +110,9 @@ def test_words_name_classes_and_groups(tmp_path):
     names = [group["name"] for group in table.groups]
     assert names == ["camel grass", "camel sand", "cow grass", "cow sand"]  # by the alphabet
     assert counts_of(table)[0] == [4, 10, 13, 5]
-    # File names as CUB-200-2011's make a set Waterbirds only where its classes have no names
     for i, row in enumerate(rows):
         row[0] = f"001.Gull/Gull_{i:04d}_{i}.jpg"
     assert mine(tmp_path, rows).classes == ["camel", "cow"]
-    # Numbers go by size, not as words do
     codes, names = common.number_values(["10", "9", "-1", "9"], "y")
     assert codes.tolist() == [2, 1, 0, 1] and names == ["y=-1", "y=9", "y=10"]
 

@@ -148,7 +148,8 @@ def test_selection_spread():
     right[0, 60:], right[2, 65:] = False, False
     for epoch, p in ((1, 0.5), (2, 1), (3, 0.75)):
         sd = pytest.approx(math.sqrt(p * (1 - p) / 20), rel=0.1)
-        found = stage.selection_spread(right, g, epoch, 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = stage.selection_spread(right, g, epoch, 0)
         assert found == {"acc_worst_sd": sd, "chosen": {2: 1.0}}
 
 

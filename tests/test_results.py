@@ -103,7 +103,6 @@ def test_add_replaces_and_bad_files_are_named(tmp_path, monkeypatch, capsys):
     assert found == [("r0", 0.6), ("r1", 0.8)] and str(tmp_path) not in store.read_text()
     assert "| finetune | 70.0 +- 14.1 (2) |" in page.read_text()
     assert (tmp_path / "f.svg").stat().st_size > 5000 and "14.1" not in capsys.readouterr().out
-    # What is spoilt in the next line is read earlier than what was spoilt before
     bad = [("README.md", f"<!-- numbers: {rest}") for rest in ("wga -->", "no --><!-- end -->")]
     bad.append(("numbers.jsonl line 3", f"{store.read_text()}[]"))
     whole = (tmp_path / "r1/finetune/results.json").read_text()

@@ -115,6 +115,7 @@ def test_steps_by_hand(train, tmp_path, head):
 def test_half_precision_is_near_full_precision(erm_run, tmp_path):
     data = ["--data", erm_run / "data", "--run", tmp_path, *SMALL.split(), "--epochs", 1]
     run_script("train_erm.py", *data, "--precision", "bf16")
+    run_script("finetune_contrastive.py", "--run", tmp_path, "--epochs", 1, "--precision", "bf16")
     half, full = (content(run / "erm")[1][0]["loss"] for run in (tmp_path, erm_run / "run"))
     assert half != full and half == pytest.approx(full, rel=0.05)
 

@@ -247,6 +247,7 @@ def starting(table):
     until += "runpy.run_path('train_erm.py', run_name='__main__')"
     with tempfile.TemporaryDirectory() as run:
         flags = f"--data {table.source} --run {run}/r --arch resnet18 --weights none --size 64"
+        flags += " --batch-size 16 --workers 0"
         first = python("-c", until, *flags.split())
         compare("train_erm.py to its first step, the same import", "+ 1.5 s", first, imports, 3)
 

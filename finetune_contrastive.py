@@ -26,7 +26,6 @@ from pathlib import Path
 if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -243,7 +242,7 @@ def main(args):
     last, finished = common.start_or_continue(folder, args, FILES, **inputs)
     if finished is not None:
         with common.reading(folder / "results.json", "use --overwrite"):
-            return print_table(finished)
+            return print_table(finished, groups)
 
     torch.manual_seed(args.seed)  # of a projection head
     project = projection(model, args.features, start["size"])
@@ -253,13 +252,13 @@ def main(args):
     parts = {"optimizer": optimizer, "scheduler": scheduler, "project": project}
     about = {key: start[key] for key in ("arch", "n_classes", "classes", "size", "mean", "std")}
     about |= {"data": {**start["data"], "source": table.source}, "args": common.plain(args)}
-    log, right, best = [], [], {"epoch": 0, "score": -1.0}
+    log, best = [], {"epoch": 0, "score": -1.0}
     pruned, neurons = "epoch,criterion,layer,index,score\n", set()  # pruned.csv, the mask's neurons
     if last:
         with common.reading(folder / "last.pt", "use --overwrite"):
             for name, part in {"model": model, **parts}.items():
                 part.load_state_dict(last[name])
-            log, right, best = last["log"], list(last["right"]), last["best"]
+            log, best = last["log"], last["best"]
             pruned, neurons = read_pruned(folder / "pruned.csv", last["pruned"], last["epoch"])
 
     logits, reports = measure(model, evaluated, groups)
@@ -290,7 +289,6 @@ def main(args):
         scheduler.step(loss)
 
         logits, reports = measure(model, evaluated, groups)
-        right.append(logits["val"].argmax(1) == splits["val"].y)
         fields = {**about, "epoch": epoch, "metrics": reports}
         if reports["val"]["acc_worst"] > best["score"]:
             best = {"epoch": epoch, "score": reports["val"]["acc_worst"]}
@@ -302,15 +300,14 @@ def main(args):
         pruned += "".join(f"{epoch},{','.join(map(str, neuron))}\n" for neuron in rows)
         common.write(folder / "pruned.csv", pruned)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"log": log, "best": best, "right": torch.stack(right), "pruned": len(pruned)}
+        state |= {"log": log, "best": best, "pruned": len(pruned)}
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
         common.save_checkpoint(folder / "last.pt", model, **fields, **state)
-        print_epoch(log[-1], args.epochs)
+        common.print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the start, the selected and the last epoch
-    spread = selection_spread(torch.stack(right), splits["val"].g, best["epoch"], args.seed)
     results = {"stage": "finetune", "arch": start["arch"], "source": table.source}
-    results |= {"start": args.checkpoint.name, "start_epoch": start["epoch"], "selection": spread}
+    results |= {"start": args.checkpoint.name, "start_epoch": start["epoch"]}
     results |= {key: getattr(args, key) for key in (*METHOD, *BUDGET)}
     results["selected_epoch"] = best["epoch"]
     networks = {"before": (args.checkpoint, 0), "splits": (folder / "best.pt", best["epoch"])}
@@ -321,7 +318,7 @@ def main(args):
         results[key] = {"train": log[epoch]["train"], "val": log[epoch]["val"], "test": test}
     plot(results, log, folder)
     common.write_json(folder / "results.json", results)
-    print_table(results)
+    print_table(results, groups)
     print(f"wrote {folder}/")
 
 
@@ -386,63 +383,12 @@ def read_pruned(path, length, epoch):
     return text, {(layer, int(index)) for _, _, layer, index, _ in rows}
 
 
-@torch.autocast("cpu", enabled=False)  # sums in full precision
-def selection_spread(right, g, selected, seed, resamples=1000):
-    """How firmly validation chose the epoch: right (epochs, N) says which validation images each
-    epoch gets right, g (N,) their groups. Images are drawn anew with replacement within each group;
-    returns the standard deviation of the selected epoch's worst-group accuracy and {epoch: share of
-    draws in which it has the highest one}."""
-    generator, accuracies = torch.Generator().manual_seed(seed), []
-    for j in g.unique():
-        n = int((g == j).sum())
-        times = common.draw_with_replacement(n, generator, resamples)
-        accuracies.append(times @ right[:, g == j].float().T / n)
-    worst = torch.stack(accuracies).amin(0).numpy()  # (resamples, epochs)
-    shares = np.bincount(worst.argmax(1), minlength=len(right)) / resamples
-    chosen = {epoch: float(share) for epoch, share in enumerate(shares, 1) if share > 0}
-    return {"acc_worst_sd": float(worst[:, selected - 1].std(ddof=1)), "chosen": chosen}
-
-
-def print_epoch(row, epochs):
-    terms = " ".join(f"{name} {value:.4f}" for name, value in row["terms"].items())
-    pruned = f"pruned {row['pruned']} ({row['pruned_before']} as before) " if row["pruned"] else ""
-    train, val = common.in_percent(row["train"]), common.in_percent(row["val"])
-    worst = f"worst {100 * row['val']['acc_worst']:.1f} (group {row['val']['worst_group']})"
-    print(
-        f"epoch {row['epoch']}/{epochs} {terms} lr {row['lr']:.1e} {pruned}train {train} val {val} "
-        f"{worst} {row['seconds']:.0f} s",
-        flush=True,
-    )
-
-
-def print_table(results):
-    """Group accuracies before and after, and how firmly validation chose the epoch."""
-    before, after = results["before"], results["splits"]
+def print_table(results, groups):
+    """Group accuracies before and after, and the worst group of the last epoch."""
     start = f"before ({results['start']}, epoch {results['start_epoch']})"
     end = f"after (epoch {results['selected_epoch']} of {results['epochs']}, {results['method']})"
-    print(f"\n{start} -> {end}; accuracy in %, * minority")
-    print(f"{'group':32s}" + "".join(f"{name:>18s}" for name in common.SPLITS))
-    for j, g in enumerate(before["train"]["groups"]):
-        cells = []
-        for split in common.SPLITS:
-            old, new = before[split]["groups"][j], after[split]["groups"][j]
-            cells.append(f"{100 * old['acc']:.1f} -> {100 * new['acc']:5.1f}" if old["n"] else "-")
-        name = f"{j} {g['name']}{'*' if g['minority'] else ''}"
-        print(f"{name:32s}" + "".join(f"{cell:>18s}" for cell in cells))
-    lines = {
-        "worst group": "acc_worst",
-        "mean": "acc_mean",
-        "mean, training mix": "acc_mean_train_mix",
-    }
-    for name, key in lines.items():
-        pairs = [(100 * before[split][key], 100 * after[split][key]) for split in common.SPLITS]
-        print(f"{name:32s}" + "".join(f"{f'{old:.1f} -> {new:5.1f}':>18s}" for old, new in pairs))
-    spread, last = results["selection"], 100 * results["last"]["test"]["acc_worst"]
-    firmest = sorted(spread["chosen"].items(), key=lambda item: -item[1])[:4]
-    epochs = ", ".join(f"{epoch} ({100 * share:.0f} %)" for epoch, share in firmest)
-    sd = f"validation worst-group accuracy +- {100 * spread['acc_worst_sd']:.1f}"
-    print(f"selection: {sd}; drawn anew, these images would choose epoch {epochs}")
-    print(f"last epoch: test worst group {last:.1f}")
+    common.print_splits(f"{start} -> {end}", groups, results["splits"], results["before"])
+    print(f"last epoch: test worst group {100 * results['last']['test']['acc_worst']:.1f}")
 
 
 def plot(results, log, folder):

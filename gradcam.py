@@ -8,11 +8,10 @@ Paper: section 2.2.4, Figure 10. For some test images of the minority groups: th
 of the ERM network and of the fine-tuned one. Where masks of the object exist, also over the whole
 test split and per group: the share of a map's mass inside the object and the pointing game, beside
 two controls, the network before with a new head and a centred Gaussian. Writes RUN/gradcam/ (as a
-whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv and focus.png.
+whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv.
 """
 
 import copy
-import itertools
 import math
 import signal
 import textwrap
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import common
 from common import BadInput, short
 
-FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.csv", "focus.png")
+FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.csv")
 MEASURES = {"mass": "mass inside the object", "pointing": "pointing game"}
 CONTROLS = ("random head", "gaussian")
 
@@ -62,9 +61,7 @@ def parse_args(argv=None):
     g.add_argument("--layer", help="(the last feature map)")
     g.add_argument("--target", help="(label)")
     g = p.add_argument_group("images")
-    drawn = "groups to draw test images from (the minority groups)"
-    g.add_argument("--groups", type=int, nargs="+", metavar="G", help=drawn)
-    g.add_argument("--n", type=int, default=8, help="images to draw, evenly over the groups (8)")
+    g.add_argument("--n", type=int, default=8, help="images to draw from the minority groups (8)")
     own = "show these files instead; no numbers"
     g.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=own)
     g.add_argument("--masks", type=Path, metavar="DIR", help="object masks of the test images")
@@ -82,12 +79,8 @@ def main(args):
     before, *after = models
     built_in, classes = table.source == "synthetic", checkpoint["classes"]
     args.target = args.target or ("predicted" if args.images else "label")
-    args.groups = args.groups or [g["group"] for g in table.groups if g["minority"]]
-    args.groups = args.groups or [g["group"] for g in table.groups]
     common.fill_defaults(args, {"workers": 0 if built_in else common.count_cores()})
     common.check_flags(args, "n", "batch_size")
-    if not set(args.groups) <= set(range(len(table.groups))):
-        raise BadInput(f"--groups {args.groups}: expected numbers below {len(table.groups)}")
     explained = check_target(args, classes)
     layer = choose_layer(args.layer, models[before], checkpoint["arch"])
     grid = check_layer(models[before], layer, checkpoint["size"])
@@ -101,7 +94,7 @@ def main(args):
         x, y, shapes = common.normalise(x, checkpoint["mean"], checkpoint["std"]), None, None
         captions = [path.name for path in args.images]
     else:
-        index = choose_images(test, args.groups, args.n, args.seed)
+        index = choose_images(test, table.groups, args.n, args.seed)
         x, y, g, _ = default_collate([test[i] for i in index])
         captions = [f"{short(table.groups[j])} {table.groups[j]['name']}" for j in g.tolist()]
         shapes = None
@@ -138,7 +131,6 @@ def main(args):
     plot_images(pictures, shown, drawn, shapes, classes, heading, path)
     if rows:
         common.write_csv(new / "focus.csv", rows)
-        plot_focus(rows, [*models, *CONTROLS], explained, new / "focus.png")
     results = {"stage": "gradcam", "source": table.source, "arch": checkpoint["arch"]}
     results |= {"before": str(args.before), "after": dict(zip(after, map(str, args.after)))}
     results |= {"layer": layer, "grid": grid, "target": args.target, "classes": classes}
@@ -258,8 +250,9 @@ def focus(maps, masks):
 def bootstrap(values, seed=0, resamples=1000):
     """Mean (K,) and 95 % interval (2, K) of values (n, K) over images drawn anew; NaN is left out
     of a column, and is the result where a column has nothing else."""
-    generator, known = torch.Generator().manual_seed(seed), ~values.isnan()
-    times = common.draw_with_replacement(len(values), generator, resamples)
+    n, known, generator = len(values), ~values.isnan(), torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (resamples, n), generator=generator)
+    times = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
     means = (times @ values.nan_to_num()) / (times @ known.float())
     return values.nanmean(0), means.nanquantile(torch.tensor([0.025, 0.975]), 0)
 
@@ -427,9 +420,11 @@ def check_target(args, classes):
 
 
 def choose_images(split, groups, n, seed):
-    """Indices of n images, as many from each group as from the next, at random."""
+    """Indices of n images of the minority groups (all groups, where none is one), drawn evenly."""
     generator, index = torch.Generator().manual_seed(seed), []
-    groups = [j for j in groups if (split.g == j).any()]
+    there = [group for group in groups if (split.g == group["group"]).any()]
+    minority = [group for group in there if group["minority"]]
+    groups = [group["group"] for group in minority or there]
     for j, share in zip(groups, torch.arange(n).tensor_split(len(groups))):
         members = (split.g == j).nonzero()[:, 0]
         index += members[torch.randperm(len(members), generator=generator)[: len(share)]].tolist()
@@ -516,45 +511,6 @@ def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
         bar.ax.tick_params(labelsize=7)
     outline = "white: outline of the object; " if shapes is not None else ""
     fig.suptitle(f"{heading}\n{outline}* minority", fontsize=9)
-    common.save_figure(fig, path, dpi=100)
-
-
-def plot_focus(rows, names, explained, path):
-    """Both measures per group and network, with 95 % intervals, and the object's share of the
-    image, which is what a map that is the same everywhere would have as its mass inside the
-    object."""
-    groups = {row["group"]: row for row in rows}
-    fig = Figure(figsize=(9, 3.8), layout="constrained")
-    axes = fig.subplots(1, len(MEASURES), sharey=True)
-    styles = zip(itertools.cycle("osD^vP"), itertools.cycle(("black", "white", "0.6")))
-    markers = dict(zip(names, styles)) | {"random head": ("x", "black"), "gaussian": ("+", "black")}
-    for ax, (key, heading) in zip(axes, MEASURES.items()):
-        for k, name in enumerate(names):
-            of_name = [row for row in rows if row["model"] == name and row[key] is not None]
-            offset = 0.7 * ((k + 0.5) / len(names) - 0.5)
-            places = [list(groups).index(row["group"]) + offset for row in of_name]
-            mean = np.array([100 * row[key] for row in of_name])
-            low = np.array([100 * row[f"{key}_low"] for row in of_name])
-            high = np.array([100 * row[f"{key}_high"] for row in of_name])
-            marker, fill = markers[name]
-            style = {"fmt": marker, "mfc": fill, "mec": "black", "ecolor": "0.3", "capsize": 2}
-            ax.errorbar(places, mean, [mean - low, high - mean], label=name, **style)
-        ticks = []
-        for i, row in enumerate(groups.values()):
-            if key == "mass":
-                label = None if i else "object's share of the image"
-                ax.hlines(100 * row["area"], i - 0.4, i + 0.4, color="0.4", ls=":", label=label)
-            name = textwrap.fill(row["name"], 12)
-            ticks.append(f"{short(row)}\n{name}\nn = {row['n']}")
-        ax.set_xticks(range(len(groups)), ticks, fontsize=7)
-        ax.set_title(heading, fontsize=9)
-        ax.grid(axis="y", color="0.92")
-        ax.set_axisbelow(True)
-    axes[0].set(ylabel="% (mean, 95 % interval)", ylim=(0, None))
-    handles = axes[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=6, fontsize=8)
-    heading = f"Focus of Grad-CAM on the object, test split, {explained} (* minority)"
-    fig.suptitle(heading, fontsize=10)
     common.save_figure(fig, path, dpi=100)
 
 

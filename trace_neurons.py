@@ -288,25 +288,16 @@ def control_test(rows, criterion, groups, args):
 
 
 def verdict(criterion, beats, tests, k):
-    """One sentence: yes, no or in part, and where a loss is rare but too small to count."""
+    """One sentence: yes, no or only for some groups, and where a loss is too small to count."""
     if not beats:
         why = f"that takes a minority group, --controls, and zeroing of the top {FEW_NEURONS}"
         return f"{criterion}: not compared with random neurons; {why}"
-    parts = []
+    yes = ", ".join(f"G{j}*" for j in beats if beats[j])
+    answer = "yes" if all(beats.values()) else f"only for {yes}" if yes else "no"
     for j in beats:
-        both = pick(tests, group=j)
-        images = f"{both[0]['observed_images']:+d} of {both[0]['n']}"
-        part = f"G{j}* {both[0]['observed']:+.1f} points ({images})"
-        if not beats[j] and max(test["p"] for test in both) <= 0.05:
-            part += f", rare but within {FEW_IMAGES} images of what random ones lose,"
-        null = [
-            f"{t['mean']:+.1f} for random ones of {t['random']} (p = {t['p']:.3f})" for t in both
-        ]
-        parts.append(f"{part} against {' and '.join(null)}")
-    some = ", ".join(f"G{j}*" for j in beats if beats[j])
-    answer = "yes" if all(beats.values()) else f"only for {some}" if some else "no"
-    question = f"do its top {k} neurons lower minority accuracy more than random neurons?"
-    return f"{criterion}: {question} {answer}: {'; '.join(parts)}"
+        if not beats[j] and max(test["p"] for test in pick(tests, group=j)) <= 0.05:
+            answer += f"; G{j}*: rare, but within {FEW_IMAGES} images of what random ones lose"
+    return f"{criterion}: do its top {k} neurons cost minorities more than random ones? {answer}"
 
 
 def percentile(neurons, scores):
@@ -417,8 +408,8 @@ def print_tables(results, groups):
     for control in results["control"].values():
         for t in control["tests"]:
             null = f"mean {t['mean']:+.2f}, 95 % between {t['low']:+.2f} and {t['high']:+.2f}"
-            of = f"{t['sets']} random sets of {t['random']}"
-            print(f"  G{t['group']}* {t['observed']:+7.2f}; {of}: {null}, p = {t['p']:.3f}")
+            own = f"G{t['group']}* {t['observed']:+7.2f} ({t['observed_images']:+d} of {t['n']})"
+            print(f"  {own}; {t['sets']} random sets of {t['random']}: {null}, p = {t['p']:.3f}")
         print(control["sentence"])
 
 

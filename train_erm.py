@@ -163,7 +163,7 @@ def main(args):
         state = {name: part.state_dict() for name, part in parts.items()}
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
         common.save_checkpoint(folder / "last.pt", model, **fields, **state, log=log, best=best)
-        print_epoch(log[-1], args.epochs)
+        common.print_epoch(log[-1], args.epochs)
 
     # The test split is read here and nowhere else: for the selected epoch and the last one
     results = {"stage": "erm", "source": table.source, "arch": args.arch, "select": args.select}
@@ -228,35 +228,9 @@ def describe(args, table, model):
     return {**about, "size": args.size, "args": common.plain(args)}
 
 
-def print_epoch(row, epochs):
-    """One line: loss and group accuracies in percent, the minority groups starred."""
-    train, val = common.in_percent(row["train"]), common.in_percent(row["val"])
-    worst = f"worst {100 * row['val']['acc_worst']:.1f} (group {row['val']['worst_group']})"
-    print(
-        f"epoch {row['epoch']}/{epochs} loss {row['loss']:.4f} lr {row['lr']:.1e} train {train} "
-        f"val {val} {worst} {row['seconds']:.0f} s",
-        flush=True,
-    )
-
-
 def print_table(results, groups):
-    """Group accuracies at the selected epoch; the worst group of each split carries a '<'."""
     chosen = f"selected epoch {results['selected_epoch']} of {results['epochs']}"
-    print(f"\n{chosen} ({results['select']}); accuracy in %, * minority, < worst group")
-    print(f"{'group':32s} {'train n':>8s} {'train':>8s} {'val':>8s} {'test':>8s}")
-    reports = [results["splits"][name] for name in common.SPLITS]
-    for j, group in enumerate(groups):
-        cells = []
-        for report in reports:
-            row, worst = report["groups"][j], "<" if report["worst_group"] == j else " "
-            cells.append(f"{100 * row['acc']:7.1f}{worst}" if row["n"] else "      - ")
-        name = f"{j} {group['name']}{'*' if group['minority'] else ''}"
-        print(f"{name:32s} {group['train_n']:8d} {' '.join(cells)}")
-    lines = {"worst group": "acc_worst", "mean": "acc_mean"}
-    lines["mean, groups in training mix"] = "acc_mean_train_mix"
-    for name, key in lines.items():
-        cells = " ".join(f"{100 * report[key]:7.1f} " for report in reports)
-        print(f"{name:32s} {'':8s} {cells}")
+    common.print_splits(f"{chosen} ({results['select']})", groups, results["splits"])
 
 
 def plot(results, log, folder):

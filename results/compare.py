@@ -28,8 +28,6 @@ from common import BadInput, reading
 
 HERE, FIGURE = Path(__file__).resolve().parent, Path("runs/fig06_compare.png")
 STAGES = ("erm", "trace", "structured", "finetune", "gradcam")
-ACCURACIES = {"acc_worst": "worst group", "acc_mean": "mean"}
-ACCURACIES |= {"acc_mean_train_mix": "mean, groups in training mix"}
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone
@@ -139,7 +137,7 @@ def make_record(path):
         weights = about["inputs"]["start"]  # their fingerprint
         record["start"] = [result["start"], result["start_epoch"], weights]
     for split, report in reports.items():
-        groups, short = report["groups"], {key: report[key] for key in ACCURACIES}
+        groups, short = report["groups"], {key: report[key] for key in common.MEANS}
         record["groups"] = [f"{common.short(group)} {group['name']}" for group in groups]
         short["n"] = [group["n"] for group in groups]
         short["correct"] = [group["correct"] for group in groups]
@@ -195,7 +193,7 @@ def check(record):
     for block in TABLES:
         list(tables(block, [record], [record]))
     for split, report in record["reports"].items():
-        accuracies = [report[key] for key in ACCURACIES]
+        accuracies = [report[key] for key in common.MEANS]
         if not all(0 <= accuracy <= 1 for accuracy in accuracies):
             raise ValueError(f"accuracies of {split}: {accuracies}")
     return record
@@ -288,7 +286,7 @@ def accuracies(shown, *_):
     for run in of_stage(shown, "finetune"):
         rows[identity(run)] = run, run["name"], "test"
     for run, row, split in rows.values():
-        for key, column in ACCURACIES.items():
+        for key, column in common.MEANS.items():
             yield data_of(run), row, column, 100 * run["reports"][split][key]
 
 

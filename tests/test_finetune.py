@@ -141,18 +141,6 @@ def test_gradient_is_that_of_the_worst_images(monkeypatch):
     assert {*seen[3]} == {*range(300, 400)} and seen[0] == seen[1] == seen[2]
 
 
-def test_selection_spread():
-    """Epochs right on 50, 100 and 75 % of a group of 20: sqrt(p (1 - p) / n); on all of 50."""
-    g = torch.repeat_interleave(torch.arange(2), torch.tensor([50, 20]))
-    right = torch.ones(3, 70, dtype=torch.bool)
-    right[0, 60:], right[2, 65:] = False, False
-    for epoch, p in ((1, 0.5), (2, 1), (3, 0.75)):
-        sd = pytest.approx(math.sqrt(p * (1 - p) / 20), rel=0.1)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = stage.selection_spread(right, g, epoch, 0)
-        assert found == {"acc_worst_sd": sd, "chosen": {2: 1.0}}
-
-
 @pytest.fixture
 def run(erm_run, tmp_path, monkeypatch):
     """A copy of the run of stage 1, without the time that figures take."""

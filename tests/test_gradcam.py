@@ -199,10 +199,9 @@ def test_images_of_ones_own_and_refusals_that_leave_the_old_folder(run):
     results = draw(run, f"--images {next(run.rglob('*.jpg'))} --masks {run}/masks")
     assert results["target"] == "predicted" and results["focus"] == []
     assert results["images"][0]["label"] is None
-    assert draw(run, "--groups 3 --n 2")["images"][1]["caption"] == "G3 waterbird on water"
     before = (run / "gradcam/results.json").read_bytes()
     bad = {"--target 2": "expected label, predicted or a class, 0 .landbird.", "--n 0": "positive"}
-    bad |= {"--groups 4": "numbers below 4", "--masks nowhere": "none of 20 is usable .20 missing"}
+    bad |= {"--masks nowhere": "none of 20 is usable .20 missing"}
     bad |= {f"{flag} nowhere": "nowhere: no such file" for flag in ("--after", "--images")}
     bad |= {"--layer layer9": "no such module", "--layer global_pool": "which is no map"}
     bad |= {f"--after {run}/erm/best.pt": "twice", f"--after {run}/cattle/best.pt": "must be alike"}

@@ -56,7 +56,7 @@ def test_the_planted_filter_is_found(on_planted, tmp_path):
         assert [int(row["correct_after"]) for row in zeroed] == 2 * [24, 9, 0, 24]  # train, test
     for control in common.read_json(tmp_path / "trace/results.json")["control"].values():
         assert control["beats"] == {"1": False, "2": True}
-        assert "neurons? only for G2*: G1* +0.0 points (+0 of 9)" in control["sentence"]
+        assert "random ones? only for G2*" in control["sentence"]
         for test in pick(control["tests"], group=2):
             assert test["observed"] == -100 and test["p"] <= 2 / 41 and test["sets"] == 40
     trace(structured_trace, tmp_path)
@@ -196,7 +196,7 @@ def compared(observed, null, same_layers, controls=40):
 
 NULL, GAIN, LOSE = [*range(-10, 10), *[0] * 19], [0, 1] * 20, [-20] * 40
 OFTEN = [-31] * 3 + [0] * 37  # p = 4 / 41 for -30
-YES, NO, RARE = "? yes: G1*", "? no: G1*", "of 100), rare but within 2 images of what random ones"
+YES, NO, RARE = "ones? yes", "ones? no", "? no; G1*: rare, but within 2 images of what random ones"
 CASES = [(-30, NULL, NULL, YES), (-30, NULL, OFTEN, NO), (-30, OFTEN, NULL, NO)]
 CASES += [(-5, NULL, NULL, NO), (30, NULL, NULL, NO)]
 CASES += [(-2, GAIN, GAIN, RARE), (-3, GAIN, GAIN, YES)]  # where a loss of one image is rare

@@ -53,7 +53,7 @@ FLAGS = {
     "trace_neurons.py": "--max-per-group --top-k --sigma --repeats --controls --seed --batch-size",
     "structured_trace.py": "--max-per-group --k --seed --batch-size --unit",
     "finetune_contrastive.py": "--prune-fraction --temperature --lam --kick-in --lr --seed --views",
-    "gradcam.py": "--n --groups --target --layer --seed --batch-size --after",
+    "gradcam.py": "--n --target --layer --seed --batch-size --after",
 }
 FLAGS = {name: f"{flags} --device --precision --data".split() for name, flags in FLAGS.items()}
 

@@ -767,7 +767,9 @@ def print_splits(title, groups, after, before=None):
         for j in range(len(groups)):
             mark = "<" if report["worst_group"] == j else " "
             cells.append(_arrow([of["groups"][j]["acc"] for of in reports]) + mark)
-        columns.append(cells + [f"{_arrow([of[key] for of in reports])} " for key in MEANS])
+        for key in MEANS:
+            cells.append(_arrow([of[key] for of in reports]) + " ")
+        columns.append(cells)
     for name, n, *cells in zip(names, counts, *columns):
         print(f"{name:32s} {n:>8}" + "".join(f"{cell:>18s}" for cell in cells))
 
@@ -1095,8 +1097,8 @@ def make_parser(description, notes):
 
 
 def check_flags(args, *positive):
-    """Raises BadInput unless the arguments named are positive (or left out), seed and workers are
-    possible, and --device is there."""
+    """Raises BadInput unless the arguments named are positive (or left out) and seed and workers
+    are possible."""
     for name in positive:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -1104,23 +1106,23 @@ def check_flags(args, *positive):
     for name, most in (("seed", 2**32 - 1), ("workers", 1000)):
         if not 0 <= getattr(args, name) <= most:
             raise BadInput(f"--{name} {getattr(args, name)}: must be 0 to {most}")
-    in_precision(args)
-    if args.precision == "fp32" and bf16_gain(args.device) > 1.4:
-        print("--precision bf16 is faster here")
 
 
-def in_precision(args):
-    """The context in which a stage runs: torch.autocast for --precision bf16, without its cache, as
-    weights change inside. Obeys --deterministic. Raises BadInput if --device is not there."""
+def machine(args):
+    """The context in which a stage runs, as its flags of that group say: torch.autocast for bf16,
+    without its cache, as weights change inside. Raises BadInput if --device is not there."""
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses
     try:
-        device, half = torch.empty(0, device=args.device).device, args.precision == "bf16"
-        return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+        device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device}: {reason}; use cpu or what is there") from error
+    half = args.precision == "bf16"
+    if not half and bf16_gain(device) > 1.4:
+        print("--precision bf16 is faster here")
+    return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
 def bf16_gain(device):
@@ -1284,35 +1286,16 @@ def script(folder, afterwards="the same command continues"):
     """Around a script's main(): one process a folder; errors in one line and exit code 2; after
     SIGINT, SIGTERM and SIGHUP one line on what to do, and exit code 130, 143, 129."""
     program, folder = Path(sys.argv[0]).name, Path(os.path.realpath(folder))
-    lock, owner = folder.parent / f".{folder.name}.lock", ""
-
-    def stop(number, _):
-        for other in STOP_SIGNALS:  # the first one is enough
-            signal.signal(other, signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):  # that workers end as well is no error now
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise Stopped(number)
-
     warnings.simplefilter("ignore")  # what the user should know, we say
     logging.disable(logging.WARNING)
     sys.unraisablehook = lambda _: None  # a dead worker is reported from every corner, once by us
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, stop)
+            signal.signal(number, _stop)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        owner = lock.read_text() if lock.exists() else ""
-        with filelock.FileLock(lock, timeout=8):  # workers of a killed run take seconds to end
-            try:
-                lock.write_text(f"{os.getpid()} on {platform.node()}")
-                yield
-                sys.stdout.flush()
-            finally:
-                shutil.rmtree(_beside(folder, "new"), ignore_errors=True)
-                lock.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    folder.parent.rmdir()  # only if it is empty
-        return
+        with _locked(folder):
+            yield
+            sys.stdout.flush()
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
@@ -1321,17 +1304,51 @@ def script(folder, afterwards="the same command continues"):
         said = f"stopped by {number.name}; {afterwards}: python {shlex.join(sys.argv)}"
         print(f"\n{program}: {said}", file=sys.stderr)
         raise SystemExit(128 + number) from None
-    except filelock.Timeout:
-        message = f"{folder} is in use by process {owner}; wait for it or choose another --run"
-    except OSError as error:
-        message = f"{error.filename or folder}: {error.strerror or error}"
-    except BadInput as error:
-        message = " ".join(str(error).split())
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate|DataLoader worker|determin", str(error)):
+    except Exception as error:
+        message = _in_one_line(error, folder)
+        if message is None:  # a fault of ours: its traceback tells where
             raise
-        reason = str(error).splitlines()[0][:160].rstrip(". ")
-        advice = "without --deterministic" if "determin" in reason else "a smaller --batch-size"
-        message = f"{reason}; try {advice} or --workers 0"
-    print(f"{program}: error: {message}", file=sys.stderr)
-    raise SystemExit(2) from None
+        print(f"{program}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _stop(number, _):
+    for other in STOP_SIGNALS:  # the first one is enough
+        signal.signal(other, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):  # that workers end as well is no error now
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    lock, owner = folder.parent / f".{folder.name}.lock", ""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        owner = lock.read_text()
+    try:
+        with filelock.FileLock(lock, timeout=8):  # workers of a killed run take seconds to end
+            try:
+                lock.write_text(f"{os.getpid()} on {platform.node()}")
+                yield
+            finally:
+                shutil.rmtree(_beside(folder, "new"), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()  # only if it is empty
+    except filelock.Timeout as error:
+        used = f"{folder} is in use by process {owner}; wait for it or choose another --run"
+        raise BadInput(used) from error
+
+
+def _in_one_line(error, folder):
+    if isinstance(error, BadInput):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{error.filename or folder}: {error.strerror or error}"
+    reason = (str(error).splitlines() or [""])[0][:160].rstrip(". ")
+    if "determin" in reason:
+        return f"{reason}; try without --deterministic"
+    if re.search("out of memory|can't allocate|DataLoader worker", str(error)):
+        return f"{reason}; try a smaller --batch-size or --workers 0"
+    return None

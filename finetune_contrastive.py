@@ -413,5 +413,5 @@ def plot(results, log, folder):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    with common.script(arguments.run / arguments.name), common.in_precision(arguments):
+    with common.script(arguments.run / arguments.name), common.machine(arguments):
         main(arguments)

@@ -517,5 +517,5 @@ def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
 if __name__ == "__main__":
     arguments = parse_args()
     again = "nothing was written; the same command starts again"
-    with common.script(arguments.run / "gradcam", again), common.in_precision(arguments):
+    with common.script(arguments.run / "gradcam", again), common.machine(arguments):
         main(arguments)

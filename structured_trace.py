@@ -186,5 +186,5 @@ def plot_heat(heat, layers, groups, k, path):
 if __name__ == "__main__":
     arguments = parse_args()
     again = "nothing was written; the same command starts again"
-    with common.script(arguments.run / "structured", again), common.in_precision(arguments):
+    with common.script(arguments.run / "structured", again), common.machine(arguments):
         main(arguments)

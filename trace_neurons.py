@@ -515,5 +515,5 @@ def plot_layers(neurons, groups, layers, shown, path):
 if __name__ == "__main__":
     arguments = parse_args()
     again = "nothing was written; the same command starts again"
-    with common.script(arguments.run / "trace", again), common.in_precision(arguments):
+    with common.script(arguments.run / "trace", again), common.machine(arguments):
         main(arguments)

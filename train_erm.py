@@ -249,5 +249,5 @@ def plot(results, log, folder):
 
 if __name__ == "__main__":
     arguments = parse_args()
-    with common.script(arguments.run / "erm"), common.in_precision(arguments):
+    with common.script(arguments.run / "erm"), common.machine(arguments):
         main(arguments)

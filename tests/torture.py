@@ -65,8 +65,9 @@ def start(folder, command, sabotage=None):
         return pid
     os.setpgid(0, 0)
     os.chdir(folder)
+    anew = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # two processes may write
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(folder / name, anew), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     script, *sys.argv = command.split()[0], *command.split()
     code = 1

@@ -758,24 +758,18 @@ def print_splits(title, groups, after, before=None):
     """A table of group accuracies and their means, from reports {split: report} of one network, or
     of one before and after; the worst group of each split carries a '<'."""
     print(f"\n{title}; accuracy in %, * minority, < worst group")
-    names = [f"{j} {g['name']}{'*' if g['minority'] else ''}" for j, g in enumerate(groups)]
-    names = ["group", *names, *MEANS.values()]
-    counts = ["train n", *(group["train_n"] for group in groups), *[""] * len(MEANS)]
-    columns = []
-    for split, report in after.items():
-        reports, cells = [before[split], report] if before else [report], [f"{split} "]
-        for j in range(len(groups)):
-            mark = "<" if report["worst_group"] == j else " "
-            cells.append(_arrow([of["groups"][j]["acc"] for of in reports]) + mark)
-        for key in MEANS:
-            cells.append(_arrow([of[key] for of in reports]) + " ")
-        columns.append(cells)
-    for name, n, *cells in zip(names, counts, *columns):
-        print(f"{name:32s} {n:>8}" + "".join(f"{cell:>18s}" for cell in cells))
-
-
-def _arrow(accuracies):
-    return "-" if None in accuracies else " -> ".join(f"{100 * acc:.1f}" for acc in accuracies)
+    print(f"{'group':32s} {'train n':>8s}" + "".join(f"{split:>17s} " for split in after))
+    names = {j: f"{j} {g['name']}{'*' if g['minority'] else ''}" for j, g in enumerate(groups)}
+    for key, name in {**names, **MEANS}.items():
+        line = f"{name:32s} {groups[key]['train_n'] if key in names else '':>8}"
+        for split, report in after.items():
+            cells = []
+            for of in (before[split], report) if before else (report,):
+                acc = of["groups"][key]["acc"] if key in names else of[key]
+                cells.append("-" if acc is None else f"{100 * acc:.1f}")
+            mark = "<" if key == report["worst_group"] else " "
+            line += f"{' -> '.join(cells) + mark:>18s}"
+        print(line)
 
 
 def plot_groups(ax, reports):

@@ -160,9 +160,8 @@ def read_table(data, attributes=CELEBA):
     if len(tables) > 1:
         raise BadInput(f"{path} holds {len(tables)} csv with metadata in their name; name one")
     if tables:
-        wanted = {"files": ("img_filename", "filename"), "y": ("y",), "a": ("place", "a")}
-        columns = read_columns(tables[0], {**wanted, "split": ("split",)})
-        return make_table(tables[0], tables[0].parent, **columns)
+        columns = read_columns(tables[0], "img_filename|filename", "y", "place|a", "split")
+        return make_table(tables[0], tables[0].parent, *columns)
     stems = ("list_attr_celeba", "list_eval_partition")
     lists = [[*path.glob(f"{stem}.*"), *path.glob(f"*/{stem}.*")] for stem in stems]
     if not all(lists):
@@ -171,21 +170,18 @@ def read_table(data, attributes=CELEBA):
         raise BadInput(f"{path}: neither a metadata csv nor {' and '.join(stems)}; {advice}")
     # CelebA's lists are joined by file name, never by the order of rows
     (labels, *_), (splits, *_) = lists
-    wanted = {"files": ("image_id",), "y": attributes[:1], "a": attributes[1:]}
-    columns = read_columns(labels, wanted)
-    parts = read_columns(splits, {"files": ("image_id",), "split": ("partition",)})
-    split_of = dict(zip(parts["files"], parts["split"]))
-    alone = sorted(split_of.keys() ^ set(columns["files"]))
+    files, y, a = read_columns(labels, "image_id", *attributes)
+    split_of = dict(zip(*read_columns(splits, "image_id", "partition")))
+    alone = sorted(split_of.keys() ^ set(files))
     if alone:
         some = f"{len(alone)} images are in one of them only ({', '.join(alone[:3])})"
         raise BadInput(f"{labels} and {splits.name} do not join: {some}; take both from one source")
-    split = [split_of[file] for file in columns["files"]]
-    return make_table(labels, path, **columns, split=split, labels=attributes)
+    return make_table(labels, path, files, y, a, [split_of[file] for file in files], attributes)
 
 
-def read_columns(path, wanted):
-    """Columns of a csv, or of one of CelebA's txt lists, {key: list of str}; wanted: {key: names
-    that the column may have}."""
+def read_columns(path, *wanted):
+    """Columns of a csv, or of one of CelebA's txt lists, as lists of str; wanted: their names in
+    the header, or 'name|other' where it may be either."""
     with reading(path, "expected UTF-8 text, a header and rows; cut off, or a quote left open?"):
         data = path.read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -207,13 +203,15 @@ def read_columns(path, wanted):
             where = f"first in '{separator.join(uneven[0])[:80]}'" if uneven else "it holds no rows"
             raise BadInput(f"{path}: every row needs {len(header)} cells, as the header; {where}")
     header = [name.strip().lower() for name in header]
-    columns = {}
-    for key, names in wanted.items():
-        found = [header.index(name.lower()) for name in names if name.lower() in header]
+    columns = []
+    for names in wanted:
+        found = [header.index(name) for name in names.lower().split("|") if name in header]
         if not found:
-            needed = f"no column {' or '.join(names)} in the header {','.join(header)[:120]}"
+            needed = (
+                f"no column {names.replace('|', ' or ')} in the header {','.join(header)[:120]}"
+            )
             raise BadInput(f"{path}: {needed}; a header of img_filename,y,place,split is expected")
-        columns[key] = [row[found[0]].strip() for row in rows]
+        columns.append([row[found[0]].strip() for row in rows])
     return columns
 
 

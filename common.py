@@ -193,10 +193,7 @@ def read_columns(path, *wanted):
             if "partition" in path.name:  # has no header
                 table.insert(0, ["image_id", "partition"])
             else:  # first the number of rows, then the names of the 40 attributes
-                (announced,), names, *rows = table
-                if int(announced) != len(rows):
-                    raise BadInput(f"{path}: announces {announced} rows, has {len(rows)}")
-                table = [["image_id", *names], *rows]
+                table[:2] = [["image_id", *table[1]]]
         header, *rows = [row for row in table if "".join(row).strip()]
         uneven = [row for row in rows if len(row) != len(header)]
         if uneven or not rows:

@@ -183,9 +183,8 @@ def read_columns(path, *wanted):
     """Columns of a csv, or of one of CelebA's txt lists, as lists of str; wanted: their names in
     the header, or 'name|other' where it may be either."""
     with reading(path, "expected UTF-8 text, a header and rows; cut off, or a quote left open?"):
-        data = path.read_bytes()
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        lines = io.StringIO(text, newline=None).readlines()
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.readlines()
         separator = max(",;\t", key=lines[0].count)
         table = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
         if path.suffix == ".txt":

@@ -165,9 +165,8 @@ def read_table(data, attributes=CELEBA):
     stems = ("list_attr_celeba", "list_eval_partition")
     lists = [[*path.glob(f"{stem}.*"), *path.glob(f"*/{stem}.*")] for stem in stems]
     if not all(lists):
-        deeper = next(path.glob("*/**/*metadata*.csv"), None)
-        advice = f"try {deeper.parent}" if deeper else "add a metadata.csv as the README shows"
-        raise BadInput(f"{path}: neither a metadata csv nor {' and '.join(stems)}; {advice}")
+        found = f"holds neither a metadata csv nor {' and '.join(stems)}"
+        raise BadInput(f"{path} {found}; name the folder that does, or see the README")
     # CelebA's lists are joined by file name, never by the order of rows
     (labels, *_), (splits, *_) = lists
     files, y, a = read_columns(labels, "image_id", *attributes)

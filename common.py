@@ -152,8 +152,6 @@ def read_table(data, attributes=CELEBA):
     if str(data) == "synthetic":
         return synthetic_table()
     path = Path(data).absolute()
-    if not path.exists():
-        raise BadInput(f"--data {data}: no such file or folder; give one, or 'synthetic'")
     tables = [path]
     if path.is_dir():
         tables = sorted(f for f in path.glob("*metadata*.csv") if f.name[0] != ".")
@@ -181,7 +179,8 @@ def read_table(data, attributes=CELEBA):
 def read_columns(path, *wanted):
     """Columns of a csv, or of one of CelebA's txt lists, as lists of str; wanted: their names in
     the header, or 'name|other' where it may be either."""
-    with reading(path, "expected UTF-8 text, a header and rows; cut off, or a quote left open?"):
+    layout = "expected a folder, or UTF-8 text: a header and rows; cut off, or a quote left open?"
+    with reading(path, layout):
         with open(path, encoding="utf-8-sig") as file:
             lines = file.readlines()
         separator = max(",;\t", key=lines[0].count)

@@ -118,6 +118,7 @@ NAMES = {  # of classes and spurious attributes
     "celeba": (["non-blond", "blond"], ["woman", "man"]),
 }
 CELEBA = ("Blond_Hair", "Male")
+CUB_FILE = r"\d{3}\.\w+/\w+_\d+_\d+\.jpg$"  # as CUB-200-2011, and so Waterbirds, names them
 # Where images lie, seen from the labels, in the layouts in which the two sets circulate
 CUB, ALIGNED = "waterbird_complete95_forest2water2", "img_align_celeba"
 IMAGE_FOLDERS = ["", CUB, f"waterbirds/{CUB}", ALIGNED, f"{ALIGNED}/{ALIGNED}", f"Img/{ALIGNED}"]
@@ -236,9 +237,10 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     (y, classes), (a, places) = (number_values(*pair) for pair in zip((y, a), labels))
     g, split, n_groups = y * len(places) + a, np.array(parts), len(classes) * len(places)
     counts = [np.bincount(g[split == i], minlength=n_groups).tolist() for i in range(3)]
-    kind = known_set(files, counts, labels)
-    sizes = (len(classes), len(places))
-    if kind and sizes == (2, 2) and "=" in classes[0] and "=" in places[0]:  # else the user's names
+    sizes, kind = (len(classes), len(places)), "celeba" if tuple(labels) == CELEBA else "waterbirds"
+    known = kind == "celeba" or all(re.search(CUB_FILE, file) for file in files)
+    numbers = "=" in classes[0] and "=" in places[0]  # words stay as the user has them
+    if known and numbers and sizes == (2, 2):
         classes, places = NAMES[kind]
         if counts != OFFICIAL_COUNTS[kind]:
             official = f"the official {kind} has {OFFICIAL_COUNTS[kind]}"
@@ -262,14 +264,6 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     return Table(str(source), root, files, y, a, g, split, classes, groups)
 
 
-def known_set(files, counts, labels):
-    """'waterbirds', 'celeba' or None, by file names, attributes or the number of images."""
-    if all(re.search(r"\d{3}\.\w+/\w+_\d+_\d+\.jpg$", file) for file in files):
-        return "waterbirds"  # the file names of CUB-200-2011
-    kinds = [kind for kind, official in OFFICIAL_COUNTS.items() if official == counts]
-    return "celeba" if tuple(labels) == CELEBA else next(iter(kinds), None)
-
-
 def describe_groups(classes, attributes, train_counts):
     """A dict per group: group, name, train_n, minority. A minority group has fewer than half the
     training images of the largest group of its class: G1 and G2 of Waterbirds, G3 of CelebA."""
@@ -288,7 +282,8 @@ def synthetic_table():
     g = np.concatenate([rng.permutation(np.repeat(np.arange(4), n)) for n in counts])
     split = np.repeat(np.arange(3), [sum(n) for n in counts])
     files = [f"{SPLITS[part]}/{i:05d}" for i, part in enumerate(split)]
-    return make_table("synthetic", "", files, g // 2, g % 2, split)
+    classes, places = map(np.array, NAMES["waterbirds"])  # in the order of the alphabet
+    return make_table("synthetic", "", files, classes[g // 2], places[g % 2], split)
 
 
 # Body, neck, beak and head of a drawn bird, in its own units: what lies in the middle of the two

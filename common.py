@@ -43,7 +43,7 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.func import functional_call
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -434,14 +434,14 @@ class Images(Dataset):
         return len(self.files)
 
     def __getitem__(self, key):
-        x, y, g, index = self.__getitems__([key])
-        return x[0], y[0], g[0], int(index)
+        return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys):  # a whole batch: what a DataLoader asks for
+    def __getitems__(self, keys):  # what a DataLoader asks for: a batch is normalised as a whole
         keys = [key if isinstance(key, tuple) else (0, int(key)) for key in keys]
-        index = torch.tensor([i for _, i in keys])
+        index = [i for _, i in keys]
         x = torch.stack([self.pixels(epoch, i) for epoch, i in keys])
-        return normalise(x, self.mean, self.std), self.y[index], self.g[index], index
+        x = normalise(x, self.mean, self.std)
+        return list(zip(x, self.y[index], self.g[index], index))
 
     def pixels(self, epoch, i):
         """An image before it is normalised, uint8 (3, S, S) or (V, 3, S, S)."""
@@ -488,13 +488,8 @@ def make_loader(images, batch_size=128, workers=0, order=None):
         persistent_workers=workers > 0,
         pin_memory=torch.accelerator.is_available(),
         worker_init_fn=_leave_signals_to_the_script,
-        collate_fn=_collate,
         generator=torch.Generator(),  # its own: else it would draw from the one that dropout uses
     )
-
-
-def _collate(batch):
-    return batch if isinstance(batch, tuple) else default_collate(batch)  # Images make it whole
 
 
 def _leave_signals_to_the_script(_):

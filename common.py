@@ -416,12 +416,10 @@ class Images(Dataset):
         self.y, self.g = torch.from_numpy(table.y[rows]), torch.from_numpy(table.g[rows])
         self.root, self.mean, self.std, self.views, self.seed = table.root, mean, std, views, seed
         self.built_in = (split, size, difficulty) if table.source == "synthetic" else None
-        named = [] if self.built_in else self.files
-        missing = [file for file in named if not (table.root / file).is_file()]
-        if missing:
-            some = f"{len(missing)} of {len(rows)} {split} images are missing"
-            which = ", ".join(missing[:3])
-            raise BadInput(f"{table.root}: {some} ({which}); was the archive unpacked completely?")
+        missing = [file for file in self.files if not (table.root / file).is_file()]
+        if missing and not self.built_in:
+            some = f"{len(missing)} of {len(rows)} {split} images are missing ({missing[0]})"
+            raise BadInput(f"{table.root}: {some}; was the archive unpacked completely?")
         self.transform = make_transform(size, augment, drawn=bool(self.built_in))
         # In evaluation the pixels never change: kept where they fit, for all workers together
         self.kept, there = None, Path("/dev/shm").exists()

@@ -521,25 +521,22 @@ def build_model(arch, n_classes, size, weights="none"):
         if weights == "default":
             raise BadInput("--weights default: nobody publishes a resnet10; use --weights none")
         options |= {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "zero_init_last": False}
-    try:
+    with reading(f"--arch {arch}", f"expected a network of timm that takes --size {size}"):
         config = timm.get_pretrained_cfg(name)
         if config and config.fixed_input_size:
             options["img_size"] = size
-        model = timm.create_model(name, **options).eval()
+        try:
+            model = timm.create_model(name, **options).eval()
+        except OSError as error:  # those of the hub are
+            hub = getattr(config, "hf_hub_id", None) or name
+            fetch = f"bring model.safetensors of {hub} and give it as --weights FILE, or none"
+            raise BadInput(f"--weights default: {name} cannot be fetched; {fetch}") from error
         for head in head_names(model):  # some of timm's own take epochs to recover from their start
             model.get_submodule(head).reset_parameters()
         with torch.inference_mode():
             logits = model(torch.zeros(2, 3, size, size))
-        found = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
-    except OSError as error:  # those of the hub are
-        hub = getattr(config, "hf_hub_id", None) or name
-        fetch = f"bring model.safetensors of {hub} and give it as --weights FILE"
-        raise BadInput(f"--weights default: {name} cannot be fetched; {fetch}, or none") from error
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise BadInput(f"--arch {arch} of timm with --size {size}: {reason}") from error
-    if found != (2, n_classes):
-        raise BadInput(f"--arch {arch}: gives {found} for two images, not logits (2, {n_classes})")
+        if logits.shape != (2, n_classes):
+            raise ValueError(f"gives {tuple(logits.shape)} for two images, no logits")
     if weights not in ("default", "none"):
         load_body(model, weights)
     return model

@@ -98,7 +98,7 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-UNKNOWN = [("resnet51.nonsense", 224, "resnet51.nonsense of timm .*Unknown model")]
+UNKNOWN = [("resnet51.nonsense", 224, "resnet51.nonsense: cannot be used .*Unknown model")]
 UNKNOWN += [("vit_tiny_patch16_224", size, f"--size {size}") for size in (8, 10**7)]
 UNKNOWN += [("xcit_nano_12_p8_224", 100, "--size 100")]
 

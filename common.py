@@ -626,9 +626,8 @@ def reopen(path, data=None, device="cpu"):
         source = checkpoint["data"]
         table = read_table(data or source["source"], source["attributes"])
         if table.fingerprint() != source["fingerprint"]:
-            counts = ", ".join(f"{group['name']} {group['train_n']}" for group in table.groups[:8])
-            now = f"labels or file names changed (training images now: {counts})"
-            raise BadInput(f"{table.source} is not what {path} was trained on: {now}; train again")
+            changed = f"labels or file names of {table.source} changed"
+            raise BadInput(f"{changed} since {path} was trained on them; train again")
     return model, checkpoint, table
 
 

@@ -949,21 +949,19 @@ class _Fork(torch.fx.Interpreter):
 
     def __init__(self, traced, model, variants, unit):
         super().__init__(traced)
-        self.model, self.unit, self.done, self.logits, self.starts = model, unit, {}, {}, {}
-        users, layers = {}, prunable_layers(model)  # by parameter, so that tied weights are right
-        for position, node in enumerate(traced.graph.nodes):
-            if node.op in ("call_module", "get_attr"):
-                used = attrgetter(node.target)(traced)
-                for weight in used.parameters() if node.op == "call_module" else [used]:
-                    users.setdefault(id(weight), (position, node))
+        self.model, self.unit, self.done, self.logits, self.waiting = model, unit, {}, {}, {}
+        layers = prunable_layers(model)  # by parameter, so that tied weights are right
         for number, variant in enumerate(variants):
-            weights = {id(layers[layer]) for layer, _ in variant.neurons}
-            first = min((users[weight] for weight in weights if weight in users), default=None)
-            if first:
-                self.starts.setdefault(first[1], []).append((number, variant))
+            self.waiting[number] = {id(layers[layer]) for layer, _ in variant.neurons}, variant
 
     def run_node(self, node):
-        for number, variant in self.starts.get(node, ()):
+        used = set()
+        if node.op in ("call_module", "get_attr"):
+            part = attrgetter(node.target)(self.module)
+            weights = part.parameters() if node.op == "call_module" else [part]
+            used = {id(weight) for weight in weights}
+        for number in [n for n, (changed, _) in self.waiting.items() if changed & used]:
+            _, variant = self.waiting.pop(number)
             # Values still needed are copied together, as layers may overwrite them and what shares
             # their memory; nodes that are done and no longer needed are None, not to be run again
             kept = dict(zip(self.env, copy.deepcopy(list(self.env.values()))))

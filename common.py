@@ -153,11 +153,9 @@ def read_table(data, attributes=CELEBA):
     if str(data) == "synthetic":
         return synthetic_table()
     path = Path(data).absolute()
-    tables = [path]
-    if path.is_dir():
-        tables = sorted(f for f in path.glob("*metadata*.csv") if f.name[0] != ".")
+    tables = sorted(path.glob("metadata*.csv")) if path.is_dir() else [path]
     if len(tables) > 1:
-        raise BadInput(f"{path} holds {len(tables)} csv with metadata in their name; name one")
+        raise BadInput(f"{path} holds {len(tables)} metadata*.csv; name one")
     if tables:
         columns = read_columns(tables[0], "img_filename|filename", "y", "place|a", "split")
         return make_table(tables[0], tables[0].parent, *columns)

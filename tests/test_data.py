@@ -46,8 +46,8 @@ def test_waterbirds_and_its_derived_forms(tmp_path, capsys):
     derived += [[row[0], row[1], row[3], row[2], row[4]] for row in rows]
     write_table(tmp_path, derived, "metadata_waterbirds.csv")
     assert read_table(tmp_path).fingerprint() == table.fingerprint()
-    write_table(tmp_path, derived, "old_metadata.csv")
-    refused(tmp_path, "holds 2 csv with metadata in their name")
+    write_table(tmp_path, derived, "metadata_old.csv")
+    refused(tmp_path, "holds 2 metadata")
 
 
 FORMS = [("txt", "img_align_celeba", ""), ("csv", "img_align_celeba/img_align_celeba", "")]

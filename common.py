@@ -200,9 +200,7 @@ def read_columns(path, *wanted):
     for names in wanted:
         found = [header.index(name) for name in names.lower().split("|") if name in header]
         if not found:
-            needed = (
-                f"no column {names.replace('|', ' or ')} in the header {','.join(header)[:120]}"
-            )
+            needed = f"no column {names} in the header {','.join(header)[:120]}"
             raise BadInput(f"{path}: {needed}; a header of img_filename,y,place,split is expected")
         columns.append([row[found[0]].strip() for row in rows])
     return columns
@@ -235,10 +233,11 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     (y, classes), (a, places) = (number_values(*pair) for pair in zip((y, a), labels))
     g, split, n_groups = y * len(places) + a, np.array(parts), len(classes) * len(places)
     counts = [np.bincount(g[split == i], minlength=n_groups).tolist() for i in range(3)]
-    sizes, kind = (len(classes), len(places)), "celeba" if tuple(labels) == CELEBA else "waterbirds"
-    known = kind == "celeba" or all(re.search(CUB_FILE, file) for file in files)
+    sizes, kind = (len(classes), len(places)), "celeba" if tuple(labels) == CELEBA else None
+    if all(re.search(CUB_FILE, file) for file in files):
+        kind = "waterbirds"
     numbers = "=" in classes[0] and "=" in places[0]  # words stay as the user has them
-    if known and numbers and sizes == (2, 2):
+    if kind and numbers and sizes == (2, 2):
         classes, places = NAMES[kind]
         if counts != OFFICIAL_COUNTS[kind]:
             official = f"the official {kind} has {OFFICIAL_COUNTS[kind]}"

@@ -135,7 +135,7 @@ def test_names_relative_to_the_csv_or_the_working_directory_or_in_full(tmp_path,
 
 TEXT = "\n".join(",".join(row) for row in [HEADER, *ROWS])
 SPOILT = {TEXT[:26]: "it holds no rows", TEXT[:-2]: "every row needs 4 cells"}
-SPOILT |= {TEXT.replace("img_filename", "x"): "no column img_filename or filename in the header"}
+SPOILT |= {TEXT.replace("img_filename", "x"): "no column img_filename.filename in the header"}
 SPOILT |= {TEXT.replace("i/5", '"i/5'): "a quote left open"}
 SPOILT |= {TEXT.replace(",1,0,0", ",0,0,0"): "train has no image of y=1 a=0"}
 MORE = {"0,,0": "a is empty for x", "nan,0,0": "y is empty for x", "0,0,3": "split of x is 3"}

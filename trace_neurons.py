@@ -119,7 +119,7 @@ def main(args):
         loader = common.make_loader(split, args.batch_size, args.workers)
         logits[name], y, g = common.predict(model, loader)
         reports[name] = common.group_report(logits[name].argmax(1), y, g, groups)
-    print_memorised(reports)
+    common.print_splits("How much was memorised", groups, reports)
 
     # Scores of all neurons and the sets I_j, from training images alone
     index = {}
@@ -376,18 +376,6 @@ def averages(cells):
         points.append(float(np.mean([change(row) for row in rows])) if rows else None)
         images.append(float(np.mean(gained)) if rows else None)
     return {"points": points, "images": images}
-
-
-def print_memorised(reports):
-    """What there is to trace: images the model gets right, and training minus test accuracy."""
-    head = f"{'train right':>16s} {'train %':>8s} {'test %':>8s} {'difference':>11s}"
-    print(f"\n{'How much was memorised':31s} {head}")
-    for train, test in zip(reports["train"]["groups"], reports["test"]["groups"]):
-        right = f"{train['correct']} of {train['n']}"
-        gap = "       -"
-        if test["n"]:
-            gap = f"{100 * test['acc']:8.1f} {100 * (train['acc'] - test['acc']):+11.1f}"
-        print(f"{short(train)} {train['name']:28s} {right:>16s} {100 * train['acc']:8.1f} {gap}")
 
 
 def print_tables(results, groups):

@@ -119,13 +119,9 @@ def main(args):
 def heat_map(rows, criterion, layers, groups):
     """Signed changes in percentage points, (groups, layers): each group under its own neurons, the
     mean over random sets."""
-    cells = {}
-    for row in [row for row in rows if row["criterion"] == criterion]:
-        cells.setdefault((row["group"], row["layer"]), []).append(row["change_percent"])
-    heat = np.zeros((len(groups), len(layers)))
-    for i, group in enumerate(groups):
-        heat[i] = [np.mean(cells[group["group"], layer]) for layer in layers]
-    return heat
+    points = [row["change_percent"] for row in rows if row["criterion"] == criterion]
+    by_layer_set_group = np.reshape(points, (len(layers), -1, len(groups)))  # in this order
+    return by_layer_set_group.mean(1).T
 
 
 def summarize_layers(heat, layers, groups):

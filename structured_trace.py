@@ -134,11 +134,10 @@ def summarize_layers(heat, layers, groups):
         row = {"group": group["group"], "mean": float(values.mean())}
         of_groups.append({**row, "largest": float(values[at]), "layer": layers[at]})
         minority += np.abs(values) * group["minority"]
-    third = np.arange(len(layers)) * 3 // len(layers)
     thirds = None
     if minority.sum() > 0:
-        shares = [float(minority[third == i].sum() / minority.sum()) for i in range(3)]
-        thirds = dict(zip(THIRDS, shares))
+        parts = zip(THIRDS, np.array_split(minority, 3))
+        thirds = {third: float(part.sum() / minority.sum()) for third, part in parts}
     return {"groups": of_groups, "thirds": thirds}
 
 

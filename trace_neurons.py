@@ -260,19 +260,14 @@ def control_test(rows, criterion, groups, args):
     is more than FEW_IMAGES larger than the mean loss of random sets: p says how rare a loss is, not
     how large. Returns {"beats": {group: bool}, "tests": a list of dicts, "sentence"}."""
     tests, beats = [], {}
-    k = max([row["k"] for row in pick(rows, criterion="random")], default=0)
-    for group in groups:
-        j, by = group["group"], "all" if criterion == "magnitude" else group["group"]
-        observed = pick(rows, criterion=criterion, modification="zero", k=k, selected_by=by)
-        observed = pick(observed, split="train", group=j)
-        if not group["minority"] or not observed or not args.controls:
+    zeroed = {"criterion": criterion, "modification": "zero", "k": FEW_NEURONS, "split": "train"}
+    for j in [group["group"] for group in groups if group["minority"]]:
+        observed = own(rows, j, **zeroed)
+        if not observed or not args.controls:
             continue
         images = observed[0]["correct_after"] - observed[0]["correct_before"]
-        both = []
-        for kind, name in (
-            ("all layers", "all layers"),
-            (f"layers of {criterion} {by}", "the same layers"),
-        ):
+        same, both = f"layers of {criterion} {observed[0]['selected_by']}", []
+        for kind, name in (("all layers", "all layers"), (same, "the same layers")):
             others = pick(rows, criterion="random", selected_by=kind, group=j)
             null = [change(row) for row in others]
             test = {"group": j, "random": name, "n": observed[0]["n"], "sets": len(null)}
@@ -284,10 +279,10 @@ def control_test(rows, criterion, groups, args):
         rare = both[0]["p"] <= 0.05 and both[1]["p"] <= 0.05
         beats[j] = rare and images < usual - FEW_IMAGES
         tests += both
-    return {"beats": beats, "tests": tests, "sentence": verdict(criterion, beats, tests, k)}
+    return {"beats": beats, "tests": tests, "sentence": verdict(criterion, beats, tests)}
 
 
-def verdict(criterion, beats, tests, k):
+def verdict(criterion, beats, tests):
     """One sentence: yes, no or only for some groups, and where a loss is too small to count."""
     if not beats:
         why = f"that takes a minority group, --controls, and zeroing of the top {FEW_NEURONS}"
@@ -297,7 +292,8 @@ def verdict(criterion, beats, tests, k):
     for j in beats:
         if not beats[j] and max(test["p"] for test in pick(tests, group=j)) <= 0.05:
             answer += f"; G{j}*: rare, but within {FEW_IMAGES} images of what random ones lose"
-    return f"{criterion}: do its top {k} neurons cost minorities more than random ones? {answer}"
+    asked = f"do its top {FEW_NEURONS} neurons cost minorities more than random ones"
+    return f"{criterion}: {asked}? {answer}"
 
 
 def percentile(neurons, scores):

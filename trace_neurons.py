@@ -210,7 +210,7 @@ def random_sets(args, ranked, counts, minority):
     """The control: random sets of as many neurons as the figures zero, over the minority groups.
     One kind uniform over all neurons, one kind for each critical set with as many neurons in each
     layer as that set has. A list of (KEY, variant)."""
-    if "zero" not in args.modifications or not minority:
+    if "zero" not in args.modifications:
         return []
     rng, total, sets = np.random.default_rng(args.seed), sum(counts.values()), []
     k = min(FEW_NEURONS, total)
@@ -223,10 +223,9 @@ def random_sets(args, ranked, counts, minority):
             for layer in dict.fromkeys(layers):
                 chosen = rng.choice(counts[layer], layers.count(layer), replace=False)
                 drawn += [(layer, int(i)) for i in chosen]
-            if by == "all" or by in minority:
-                variant = Variant(drawn, groups=tuple(minority) if by == "all" else (by,))
-                key = ("random", "zero", "", k, repeat, f"layers of {criterion} {by}")
-                sets.append((key, variant))
+            groups = tuple(j for j in minority if by in ("all", j))
+            key = ("random", "zero", "", k, repeat, f"layers of {criterion} {by}")
+            sets.append((key, Variant(drawn, groups=groups)))
     return sets
 
 

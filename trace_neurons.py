@@ -67,8 +67,6 @@ def parse_args(argv=None):
     samples = ["group", "worst"]
     g.add_argument("--gradient-samples", choices=samples, default="group", help="(group)")
     g = p.add_argument_group("modifications")
-    hows = list(common.MODIFICATIONS)
-    g.add_argument("--modifications", nargs="+", choices=hows, default=hows, help="(all three)")
     ks = [1, 2, 3, 5, 10]
     g.add_argument("--top-k", type=int, nargs="+", default=ks, metavar="K", help="(1 2 3 5 10)")
     sigmas, of = [0.005, 0.01, 0.02], "standard deviation of noise, in units of weights"
@@ -89,9 +87,6 @@ def check(args, n_neurons):
             raise common.BadInput(f"--sigma {sigma}: must be positive; noise of 0 does nothing")
     if min(args.top_k) < 1 or max(args.top_k) > n_neurons:
         raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, all neurons")
-    if "zero" not in args.modifications and min(args.top_k) > FEW_NEURONS:
-        few = f"the random modifications take --top-k up to {FEW_NEURONS}"
-        raise common.BadInput(f"--modifications without zero: {few}; nothing would be traced")
     if args.controls and (args.controls < 19 or args.controls > 10**6):
         raise common.BadInput("--controls: fewer than 19 sets cannot give p <= 0.05; or use 0")
 
@@ -174,9 +169,8 @@ def main(args):
     common.write_csv(new / "neurons.csv", neurons)
     common.write_csv(new / "accuracy.csv", rows)
     for how, figures in FIGURES.items():
-        if how in args.modifications:
-            for figure, sigmas in zip(figures, (args.sigma[:1], args.sigma)):
-                plot_changes(rows, groups, args, how, sigmas, new / figure)
+        for figure, sigmas in zip(figures, (args.sigma[:1], args.sigma)):
+            plot_changes(rows, groups, args, how, sigmas, new / figure)
     shown = f"top {listed} of {total} neurons ({100 * listed / total:.2g} %)"
     plot_ranks(neurons, shown, new / "fig03_ranks.png")
     plot_layers(neurons, groups, list(counts), shown, new / "fig08_layers.png")
@@ -191,13 +185,11 @@ def plan(args, ranked, split):
     the work: they are made where a table or a figure shows them."""
     planned = []
     for (criterion, by), neurons in ranked.items():
-        if "zero" in args.modifications:
-            for k in args.top_k:
-                planned.append(((criterion, "zero", "", k, "", by), Variant(neurons[:k])))
-        shown = ["random-init", "random-noise"]
+        for k in args.top_k:
+            planned.append(((criterion, "zero", "", k, "", by), Variant(neurons[:k])))
+        hows = ["random-init", "random-noise"]
         if split == "test":  # of the paper's tables only 13 has test columns
-            shown = ["random-noise"] if criterion == "gradient" else []
-        hows = [how for how in args.modifications if how in shown]
+            hows = ["random-noise"] if criterion == "gradient" else []
         few = [k for k in args.top_k if k <= FEW_NEURONS]
         groups = None if by == "all" else (by,)
         for how, sigma, k, repeat in product(hows, args.sigma, few, range(args.repeats)):
@@ -210,8 +202,6 @@ def random_sets(args, ranked, counts, minority):
     """The control: random sets of as many neurons as the figures zero, over the minority groups.
     One kind uniform over all neurons, one kind for each critical set with as many neurons in each
     layer as that set has. A list of (KEY, variant)."""
-    if "zero" not in args.modifications:
-        return []
     rng, total, sets = np.random.default_rng(args.seed), sum(counts.values()), []
     k = min(FEW_NEURONS, total)
     for repeat in range(args.controls):
@@ -346,7 +336,7 @@ def make_tables(rows, groups, args):
     lines = []
     for table, label, criterion, how, ks, sigmas in plans:
         for split, sigma, k in product(("train", "test"), sigmas, ks):
-            if (split == "test" and table != "Table 13") or how not in args.modifications:
+            if split == "test" and table != "Table 13":
                 continue
             wanted = dict(zip(KEY[:4], (criterion, how, sigma, k)))
             cells = [own(rows, g["group"], **wanted, split=split) for g in groups]

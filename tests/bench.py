@@ -274,7 +274,7 @@ def peak(table):
         few = "--max-per-group 8 --batch-size 32 --workers 0"
         stages = {
             f"train_erm.py {resnet} --epochs 1 --batch-size 32": step,
-            f"trace_neurons.py {few} --controls 0 --modifications zero": step,
+            f"trace_neurons.py {few} --controls 0 --repeats 1 --sigma 0.01": step,
             f"structured_trace.py {few}": step,
             "finetune_contrastive.py --epochs 1 --workers 0": two,
             "gradcam.py --batch-size 32 --workers 0": step,

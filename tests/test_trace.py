@@ -241,7 +241,7 @@ def test_numbers_by_hand():
 
 SHARED = "--max-per-group 0,--batch-size 0,--seed -1"
 OWN = "--repeats 0,--sigma inf,--sigma nan 0.01,--sigma 0.01 0,--top-k 0 3,--top-k 3 214"
-OWN += ",--controls 5,--controls -1,--modifications random-init --top-k 5"
+OWN += ",--controls 5,--controls -1"
 REFUSED = [(trace_neurons, more) for more in f"{SHARED},{OWN}".split(",")]
 REFUSED += [(structured_trace, more) for more in f"{SHARED},--k 0".split(",")]
 

@@ -15,7 +15,6 @@ import copy
 import math
 import signal
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
@@ -33,7 +32,7 @@ import common
 from common import BadInput, short
 
 FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.csv")
-MEASURES = {"mass": "mass inside the object", "pointing": "pointing game"}
+MEASURES = ("mass", "pointing")  # share of mass inside the object, pointing game
 CONTROLS = ("random head", "gaussian")
 
 NOTES = """In brackets: the default.
@@ -99,7 +98,7 @@ def main(args):
         captions = [f"{short(table.groups[j])} {table.groups[j]['name']}" for j in g.tolist()]
         shapes = None
         if args.masks or built_in:
-            shapes, _ = object_masks(test, index, checkpoint["size"], args.masks)
+            shapes = object_masks(test, index, checkpoint["size"], args.masks)
     shown = {name: explain(model, x, y, layer, args.target) for name, model in models.items()}
     drawn = []
     for i, caption in enumerate(captions):
@@ -111,14 +110,17 @@ def main(args):
     print_images(drawn, classes)
 
     # The numbers: the whole test split, where the object's place is known
-    rows, problems = [], Counter()
+    rows, without = [], 0
     if (args.masks or built_in) and not args.images:
         measured = {**models, "random head": random_head(models[before], args.seed)}
         loader = common.make_loader(test, args.batch_size, args.workers)
-        scores, area, problems = measure(measured, test, loader, layer, args, checkpoint["size"])
+        scores, area = measure(measured, test, loader, layer, args, checkpoint["size"])
+        without = int((area == 0).sum())
+        if without == len(test):
+            raise BadInput(f"--masks {args.masks}: of {without} images none has a mask there")
+        if without:
+            common.warn(f"{without} of {len(test)} images have no mask, or an empty one")
         rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
-        if problems:
-            common.warn(f"of {len(test)} images without a usable mask: {listed(problems)}")
         print_focus(rows)
     else:
         print("nothing measured: no object masks (--masks DIR), or images of your own")
@@ -134,7 +136,7 @@ def main(args):
     results = {"stage": "gradcam", "source": table.source, "arch": checkpoint["arch"]}
     results |= {"before": str(args.before), "after": dict(zip(after, map(str, args.after)))}
     results |= {"layer": layer, "grid": grid, "target": args.target, "classes": classes}
-    results |= {"images": drawn, "without_mask": dict(problems), "focus": rows}
+    results |= {"images": drawn, "without_mask": without, "focus": rows}
     common.write_json(new / "results.json", results)
     common.replace_folder(new, args.run / "gradcam")
     print(f"wrote {args.run}/gradcam/")
@@ -258,61 +260,44 @@ def bootstrap(values, seed=0, resamples=1000):
 
 
 def read_mask(path, image_path, size):
-    """The object's mask as the network sees it, bool (size, size), or a word for why there is
-    none."""
-    if not path.is_file():
-        return "missing"
-    try:
-        with Image.open(path) as mask, Image.open(image_path) as image:
-            if mask.size != image.size:
-                return "of another size than the image"
-            grey = np.asarray(mask.convert("L"))
-    except Exception:  # noqa: BLE001 - PIL has many ways to say so
-        return "unreadable"
+    """The object's mask as the network sees it, bool (size, size): nothing where there is no file.
+    Raises BadInput if it is unreadable or of another size than the image."""
+    if not path.exists():
+        return torch.zeros(size, size, dtype=torch.bool)
+    advice = "expected a mask of its image's size; replace it or take it away"
+    with common.reading(path, advice), Image.open(path) as mask, Image.open(image_path) as image:
+        if mask.size != image.size:
+            raise BadInput(f"{path}: has {mask.size} pixels, its image {image.size}; {advice}")
+        grey = np.asarray(mask.convert("L"))
     # CUB's grey values count annotators: more than half of them, or what is on in a binary mask
-    S, start = round(size * 256 / 224), (round(size * 256 / 224) - size) // 2
     binary = Image.fromarray(np.where(grey > grey.max() / 2, 255, 0).astype(np.uint8))
-    seen = np.asarray(binary.resize((S, S), Image.BILINEAR)) > 127
-    seen = torch.from_numpy(seen[start : start + size, start : start + size].copy())
-    return seen if seen.any() else "empty in the centre crop"
+    return common.make_transform(size)(binary)[0] > 127
 
 
 def object_masks(images, index, size, folder=None):
-    """Masks of the images `index`, bool (B, size, size), without a pixel where there is none, and
-    {why: how many have none}."""
+    """Masks of the images `index`, bool (B, size, size), without a pixel where there is none."""
     if folder is None:
-        return common.draw_split(*images.built_in)[1][index], Counter()
-    masks, problems = torch.zeros(len(index), size, size, dtype=torch.bool), Counter()
-    for mask, i in zip(masks, index):
+        return common.draw_split(*images.built_in)[1][index]
+    masks = []
+    for i in index:
         path = folder / Path(images.files[i]).with_suffix(".png")
-        found = read_mask(path, images.root / images.files[i], size)
-        if isinstance(found, str):
-            problems[found] += 1
-        else:
-            mask.copy_(found)
-    return masks, problems
+        masks.append(read_mask(path, images.root / images.files[i], size))
+    return torch.stack(masks)
 
 
 def measure(models, test, loader, layer, args, size):
-    """Focus of every model on the whole split: {name: (N, 2)}, the object's share of each image
-    (N,), 0 without a mask, and {why: how many have none}."""
-    scores, area, problems = {name: [] for name in (*models, "gaussian")}, [], Counter()
+    """Focus of every model on the whole split, {name: (N, 2)}, and the object's share of each image
+    (N,), 0 without a mask."""
+    scores, area = {name: [] for name in (*models, "gaussian")}, []
     blob = gaussian(size)
     for x, y, _, index in tqdm(loader, "maps", disable=None, leave=False):
-        masks, bad = object_masks(test, index, size, args.masks)
-        problems += bad
+        masks = object_masks(test, index, size, args.masks)
         area.append(masks.float().mean((1, 2)))
         for name, model in models.items():
             maps, _ = explain(model, x, y, layer, args.target)
             scores[name].append(focus(maps, masks))
         scores["gaussian"].append(focus(blob.expand_as(masks), masks))
-    if problems.total() == len(test):
-        raise BadInput(f"--masks {args.masks}: none of {len(test)} is usable ({listed(problems)})")
-    return {name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(area), problems
-
-
-def listed(problems):
-    return ", ".join(f"{n} {why}" for why, n in problems.items())
+    return {name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(area)
 
 
 def explain(model, x, y, layer, target):

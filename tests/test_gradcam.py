@@ -146,10 +146,14 @@ def test_masks_go_the_way_of_the_images(tmp_path):
     for name, mask in masks.items():  # m: one and four annotators
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     (tmp_path / "unreadable.png").write_text("no mask")
-    expected = common.make_transform(224)(common.read_image(image))[0] > 127
-    assert torch.equal(read_mask(tmp_path / "m.png", image, 224), expected)
-    for why in ("another size", "empty", "unreadable", "missing"):
-        assert why in read_mask(tmp_path / f"{why}.png", image, 224)
+    for size in (224, 130):  # of 256 and 149
+        expected = common.make_transform(size)(common.read_image(image))[0] > 127
+        assert torch.equal(read_mask(tmp_path / "m.png", image, size), expected)
+    for name in ("empty", "missing"):
+        assert not read_mask(tmp_path / f"{name}.png", image, 224).any()
+    for name in ("another size", "unreadable"):
+        with pytest.raises(BadInput, match=f"{name}.png: .*of its image's size"):
+            read_mask(tmp_path / f"{name}.png", image, 224)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +183,7 @@ def draw(run, more):
 
 def test_a_run_with_masks(run, capsys):
     results = draw(run, f"--masks {run}/masks --n 4")
-    assert "without a usable mask: 1 missing" in capsys.readouterr().err
+    assert "1 of 20 images have no mask" in capsys.readouterr().err
     assert [row["label"] for row in results["images"]] == [0, 0, 1, 1]  # G1*, G1*, G2*, G2*
     for row in results["images"]:  # the reversed head says the opposite, as surely
         erm, finetune = row["networks"].values()
@@ -201,7 +205,7 @@ def test_images_of_ones_own_and_refusals_that_leave_the_old_folder(run):
     assert results["images"][0]["label"] is None
     before = (run / "gradcam/results.json").read_bytes()
     bad = {"--target 2": "expected label, predicted or a class, 0 .landbird.", "--n 0": "positive"}
-    bad |= {"--masks nowhere": "none of 20 is usable .20 missing"}
+    bad |= {"--masks nowhere": "of 20 images none has a mask"}
     bad |= {f"{flag} nowhere": "nowhere: no such file" for flag in ("--after", "--images")}
     bad |= {"--layer layer9": "no such module", "--layer global_pool": "which is no map"}
     bad |= {f"--after {run}/erm/best.pt": "twice", f"--after {run}/cattle/best.pt": "must be alike"}

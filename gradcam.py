@@ -163,8 +163,7 @@ def activations(model, x, layer=None, target=None):
 
     def cut(_, inputs, out):
         if not torch.is_tensor(out) or len(out) != len(x):
-            place = layer or "the last feature map"
-            raise BadInput(f"{place} gives no map for each image; name another --layer")
+            raise ValueError(f"{layer or 'the last feature map'}: not a tensor with all images")
         torch.set_grad_enabled(True)  # only what follows the layer is recorded
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # what goes on may be overwritten, by an in-place ReLU
@@ -177,7 +176,7 @@ def activations(model, x, layer=None, target=None):
             else:
                 logits = model.forward_head(cut(None, None, model.forward_features(x)))
             if not kept:
-                raise BadInput(f"--layer {layer}: not run in the forward pass")
+                raise ValueError(f"{layer}: not run in the forward pass")
             classes = logits.argmax(1) if target is None else torch.as_tensor(target).to(x.device)
             logit = logits.gather(1, classes.expand(len(x))[:, None]).sum()
             (gradient,) = torch.autograd.grad(logit, kept)
@@ -205,9 +204,7 @@ def as_grid(model, layer, values):
             side = math.isqrt(patches.shape[1])
             if side > 0 and side**2 == patches.shape[1]:
                 return patches.transpose(1, 2).unflatten(2, (side, side))
-    shape = tuple(values.shape[1:])
-    place = layer or "the last feature map"
-    raise BadInput(f"{place} gives {shape} for an image, which is no map; name another --layer")
+    raise ValueError(f"gives {tuple(values.shape[1:])} for an image, which is no map")
 
 
 def is_empty(maps):
@@ -359,31 +356,23 @@ def load_networks(args):
 def choose_layer(layer, model, arch):
     """The layer asked for (the paper writes layer4.2.conv3.weight), or the default (None: the last
     feature map)."""
-    modules = dict(model.named_modules())
     if layer is None:
         first_norm = f"blocks.{len(getattr(model, 'blocks', [])) - 1}.norm1"
         tokens = getattr(model, "num_prefix_tokens", 0) > 0
         return "layer4.2.conv3" if arch == "resnet50" else first_norm if tokens else None
-    layer = layer.removesuffix(".weight")
-    if layer not in modules or not layer:
-        likely = ", ".join(list(common.prunable_layers(model))[-5:])
-        raise BadInput(f"--layer {layer}: no such module; the last layers are {likely}")
-    return layer
+    return layer.removesuffix(".weight")
 
 
 def check_layer(model, layer, size):
     """Height and width [h, w] of the layer's map. Raises BadInput where it is no map, or where the
     logits do not depend on it."""
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    try:
+    likely = ", ".join(list(common.prunable_layers(model))[-5:])
+    place = f"--layer {layer}" if layer else "the last feature map"
+    with common.reading(place, f"name another --layer; the last ones are {likely}"):
         _, gradient, _ = activations(model, *common.on_device(model, noise), layer, 0)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise BadInput(
-            f"the map of {layer or 'this network'} cannot be had ({error}); name a --layer"
-        )
-    if not gradient.any():
-        place = layer or "the last feature map"
-        raise BadInput(f"the logits do not depend on the patches of {place}; name a --layer")
+        if not gradient.any():
+            raise ValueError("the logits do not depend on the patches")
     grid = list(gradient.shape[2:])
     if min(grid) < 4:
         told = f"the map has {grid[0]} x {grid[1]} positions for {size} x {size} pixels"

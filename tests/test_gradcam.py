@@ -207,7 +207,10 @@ def test_images_of_ones_own_and_refusals_that_leave_the_old_folder(run):
     bad = {"--target 2": "expected label, predicted or a class, 0 .landbird.", "--n 0": "positive"}
     bad |= {"--masks nowhere": "of 20 images none has a mask"}
     bad |= {f"{flag} nowhere": "nowhere: no such file" for flag in ("--after", "--images")}
-    bad |= {"--layer layer9": "no such module", "--layer global_pool": "which is no map"}
+    bad |= {
+        "--layer layer9": "layer9: cannot be used .*no attribute",
+        "--layer global_pool": "which is no map",
+    }
     bad |= {f"--after {run}/erm/best.pt": "twice", f"--after {run}/cattle/best.pt": "must be alike"}
     for more, words in bad.items():
         with pytest.raises(BadInput, match=words):

@@ -394,15 +394,12 @@ def check_target(args, classes):
 
 
 def choose_images(split, groups, n, seed):
-    """Indices of n images of the minority groups (all groups, where none is one), drawn evenly."""
-    generator, index = torch.Generator().manual_seed(seed), []
+    """Indices of n images or, in equal shares, a few more of the minority groups (all groups, where
+    none is one)."""
     there = [group for group in groups if (split.g == group["group"]).any()]
-    minority = [group for group in there if group["minority"]]
-    groups = [group["group"] for group in minority or there]
-    for j, share in zip(groups, torch.arange(n).tensor_split(len(groups))):
-        members = (split.g == j).nonzero()[:, 0]
-        index += members[torch.randperm(len(members), generator=generator)[: len(share)]].tolist()
-    return index
+    chosen = [group for group in there if group["minority"]] or there
+    most = math.ceil(n / len(chosen))
+    return common.sample_groups(split.g, chosen, most, seed=seed).tolist()
 
 
 def one_network(image_map, logits):

@@ -381,16 +381,14 @@ def check_layer(model, layer, size):
 
 
 def check_target(args, classes):
-    """Which class is explained, in words."""
-    if args.target == "predicted":
-        return "logit of the class that each network predicts"
-    if args.target == "label" and not args.images:
-        return "logit of each image's own class"
-    if args.target not in [str(c) for c in range(len(classes))]:
-        known = ", ".join(f"{c} ({name})" for c, name in enumerate(classes))
-        label = "" if args.images else "label, "
-        raise BadInput(f"--target {args.target}: expected {label}predicted or a class, {known}")
-    return f"logit of class {args.target} ({classes[int(args.target)]})"
+    """Which class is explained, in words. Raises BadInput."""
+    known = {"label": "each image's own class"} if not args.images else {}
+    known["predicted"] = "the class that each network predicts"
+    known |= {str(c): f"class {c} ({name})" for c, name in enumerate(classes)}
+    if args.target not in known:
+        expected = "; ".join(f"{target}, {words}" for target, words in known.items())
+        raise BadInput(f"--target {args.target}: expected {expected}")
+    return f"logit of {known[args.target]}"
 
 
 def choose_images(split, groups, n, seed):

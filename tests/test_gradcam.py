@@ -204,7 +204,7 @@ def test_images_of_ones_own_and_refusals_that_leave_the_old_folder(run):
     assert results["target"] == "predicted" and results["focus"] == []
     assert results["images"][0]["label"] is None
     before = (run / "gradcam/results.json").read_bytes()
-    bad = {"--target 2": "expected label, predicted or a class, 0 .landbird.", "--n 0": "positive"}
+    bad = {"--target 2": "expected label, each .*; 0, class 0 .landbird.", "--n 0": "positive"}
     bad |= {"--masks nowhere": "of 20 images none has a mask"}
     bad |= {f"{flag} nowhere": "nowhere: no such file" for flag in ("--after", "--images")}
     bad |= {

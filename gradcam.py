@@ -107,7 +107,6 @@ def main(args):
         label = None if y is None else int(y[i])
         drawn.append({"file": file, "caption": caption, "label": label, "networks": networks})
     print(f"Grad-CAM of {layer or 'the last feature map'} ({grid[0]} x {grid[1]}), {explained}")
-    print_images(drawn, classes)
 
     # The numbers: the whole test split, where the object's place is known
     rows, without = [], 0
@@ -411,15 +410,6 @@ def in_words(says, classes, label):
     """'landbird 93 %', with '(wrong)' behind it where it is."""
     wrong = label is not None and says["predicted"] != label
     return f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{' (wrong)' * wrong}"
-
-
-def print_images(drawn, classes):
-    for row in drawn:
-        told = []
-        for name, says in row["networks"].items():
-            empty = ", map empty" if says["empty"] else ""
-            told.append(f"{name}: {in_words(says, classes, row['label'])}{empty}")
-        print(f"{row['file']}, {row['caption']}; {'; '.join(told)}")
 
 
 def print_focus(rows):

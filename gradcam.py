@@ -345,10 +345,8 @@ def load_networks(args):
     models = {names[0]: model}
     for name, path in zip(names[1:], args.after):
         models[name], other = common.load_model(path, args.device)
-        for key in ("arch", "n_classes", "size", "classes"):
-            if other.get(key) != checkpoint[key]:
-                found = f"{key} {other.get(key)}, {args.before} {checkpoint[key]}"
-                raise BadInput(f"{path} has {found}; the networks must be alike")
+        if any(other[key] != checkpoint[key] for key in ("arch", "size", "classes")):
+            raise BadInput(f"{path} and {args.before} must be alike in arch, size and classes")
     return models, checkpoint, table
 
 

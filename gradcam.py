@@ -2,7 +2,7 @@
 
     python gradcam.py                                           # the runs of stages 1 and 4
     python gradcam.py --run runs/wb0 --masks CUB/segmentations
-    python gradcam.py --run runs/wb0 --after runs/wb0/finetune*/best.pt --images a.jpg b.jpg
+    python gradcam.py --run runs/wb0 --after runs/wb0/finetune*/best.pt
 
 Paper: section 2.2.4, Figure 10. For some test images of the minority groups: the image and the maps
 of the ERM network and of the fine-tuned one. Where masks of the object exist, also over the whole
@@ -40,9 +40,9 @@ NOTES = """In brackets: the default.
 --layer   module whose output is mapped, by dotted name (resnet50: layer4.2.conv3, as in the
           paper; a transformer with a class token: the first norm of its last block; else the
           network's last feature map)
---target  class whose logit is explained: label, each image's own (with --images: predicted);
-          predicted; or a class number. Paper: dimension 0, here landbird or non-blond; in its
-          released code, whose encoding is reversed, waterbird or blond
+--target  class whose logit is explained: label, each image's own; predicted; or a class number.
+          Paper: dimension 0, here landbird or non-blond; in its released code, whose encoding is
+          reversed, waterbird or blond
 --masks   PNGs of the same relative path and size as the test images; object is what exceeds half
           of a file's largest value. The built-in set has its own; other data are not measured
           without
@@ -58,11 +58,9 @@ def parse_args(argv=None):
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g = p.add_argument_group("maps")
     g.add_argument("--layer", help="(the last feature map)")
-    g.add_argument("--target", help="(label)")
+    g.add_argument("--target", default="label", help="(label)")
     g = p.add_argument_group("images")
     g.add_argument("--n", type=int, default=8, help="images to draw from the minority groups (8)")
-    own = "show these files instead; no numbers"
-    g.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=own)
     g.add_argument("--masks", type=Path, metavar="DIR", help="object masks of the test images")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of images, new head and bootstrap (0)")
@@ -77,40 +75,31 @@ def main(args):
     models, checkpoint, table = load_networks(args)
     before, *after = models
     built_in, classes = table.source == "synthetic", checkpoint["classes"]
-    args.target = args.target or ("predicted" if args.images else "label")
     common.fill_defaults(args, {"workers": 0 if built_in else common.count_cores()})
     common.check_flags(args, "n", "batch_size")
-    explained = check_target(args, classes)
+    explained = check_target(args.target, classes)
     layer = choose_layer(args.layer, models[before], checkpoint["arch"])
     grid = check_layer(models[before], layer, checkpoint["size"])
     new = common.new_folder(args.run / "gradcam", args, FILES)
     test = common.open_split(checkpoint, table, "test")
 
-    # The picture: a seeded choice of images, or the user's own
-    if args.images:
-        plain = common.make_transform(checkpoint["size"])
-        x = torch.stack([plain(common.read_image(file)) for file in args.images])
-        x, y, shapes = common.normalise(x, checkpoint["mean"], checkpoint["std"]), None, None
-        captions = [path.name for path in args.images]
-    else:
-        index = choose_images(test, table.groups, args.n, args.seed)
-        x, y, g, _ = default_collate([test[i] for i in index])
-        captions = [f"{short(table.groups[j])} {table.groups[j]['name']}" for j in g.tolist()]
-        shapes = None
-        if args.masks or built_in:
-            shapes = object_masks(test, index, checkpoint["size"], args.masks)
+    # The picture: a seeded choice of images
+    index, shapes = choose_images(test, table.groups, args.n, args.seed), None
+    x, y, g, _ = default_collate([test[i] for i in index])
+    if args.masks or built_in:
+        shapes = object_masks(test, index, checkpoint["size"], args.masks)
     shown = {name: explain(model, x, y, layer, args.target) for name, model in models.items()}
     drawn = []
-    for i, caption in enumerate(captions):
+    for i, j in enumerate(g.tolist()):
         networks = {name: one_network(maps[i], logits[i]) for name, (maps, logits) in shown.items()}
-        file = str(args.images[i]) if args.images else test.files[index[i]]
-        label = None if y is None else int(y[i])
-        drawn.append({"file": file, "caption": caption, "label": label, "networks": networks})
+        caption = f"{short(table.groups[j])} {table.groups[j]['name']}"
+        about = {"file": test.files[index[i]], "caption": caption, "label": int(y[i])}
+        drawn.append({**about, "networks": networks})
     print(f"Grad-CAM of {layer or 'the last feature map'} ({grid[0]} x {grid[1]}), {explained}")
 
     # The numbers: the whole test split, where the object's place is known
     rows, without = [], 0
-    if (args.masks or built_in) and not args.images:
+    if args.masks or built_in:
         measured = {**models, "random head": random_head(models[before], args.seed)}
         loader = common.make_loader(test, args.batch_size, args.workers)
         scores, area = measure(measured, test, loader, layer, args, checkpoint["size"])
@@ -122,7 +111,7 @@ def main(args):
         rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
         print_focus(rows)
     else:
-        print("nothing measured: no object masks (--masks DIR), or images of your own")
+        print("nothing measured: no object masks (--masks DIR)")
 
     # Figures and tables, which take the place of older ones as a whole
     pictures = x * torch.tensor(checkpoint["std"]).view(3, 1, 1)
@@ -377,15 +366,14 @@ def check_layer(model, layer, size):
     return grid
 
 
-def check_target(args, classes):
+def check_target(target, classes):
     """Which class is explained, in words. Raises BadInput."""
-    known = {"label": "each image's own class"} if not args.images else {}
-    known["predicted"] = "the class that each network predicts"
+    known = {"label": "each image's own class", "predicted": "the class that each network predicts"}
     known |= {str(c): f"class {c} ({name})" for c, name in enumerate(classes)}
-    if args.target not in known:
-        expected = "; ".join(f"{target}, {words}" for target, words in known.items())
-        raise BadInput(f"--target {args.target}: expected {expected}")
-    return f"logit of {known[args.target]}"
+    if target not in known:
+        expected = "; ".join(f"{name}, {words}" for name, words in known.items())
+        raise BadInput(f"--target {target}: expected {expected}")
+    return f"logit of {known[target]}"
 
 
 def choose_images(split, groups, n, seed):
@@ -406,7 +394,7 @@ def one_network(image_map, logits):
 
 def in_words(says, classes, label):
     """'landbird 93 %', and '(wrong)' and 'map is empty' behind it where they are."""
-    wrong = " (wrong)" if label is not None and says["predicted"] != label else ""
+    wrong = " (wrong)" if says["predicted"] != label else ""
     empty = "\nmap is empty" if says["empty"] else ""
     return f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{wrong}{empty}"
 

@@ -287,8 +287,7 @@ def measure(models, test, loader, layer, args, size):
 
 def explain(model, x, y, layer, target):
     """Maps (B, S, S) and logits (B, C), on the CPU, for --target."""
-    wanted = {"label": y, "predicted": None}.get(target, target)
-    wanted = int(wanted) if isinstance(wanted, str) else wanted
+    wanted = int(target) if target.isdigit() else {"label": y, "predicted": None}[target]
     maps, logits = grad_cam(model, *common.on_device(model, x), layer, wanted)
     return maps.cpu(), logits.cpu()
 

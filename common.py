@@ -67,8 +67,9 @@ def warn(message):
 
 @contextlib.contextmanager
 def reading(path, advice):
-    """Around everything that reads a file: whatever goes wrong (parsing, types, missing keys, the
-    operating system) becomes one BadInput that names the file and says what to do."""
+    """Around everything that reads a file, or takes a name from the user: whatever goes wrong
+    (parsing, types, missing keys, the operating system) becomes one BadInput that names it and says
+    what to do."""
     try:
         if Path(path).exists() and not Path(path).is_file():  # a named pipe would be waited for
             raise BadInput(f"{path}: not a file; {advice}")

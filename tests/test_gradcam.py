@@ -203,12 +203,8 @@ def test_refusals_that_leave_the_old_folder(run):
     assert draw(run, "--target predicted")["focus"] == []  # without masks nothing is measured
     before = (run / "gradcam/results.json").read_bytes()
     bad = {"--target 2": "expected label, each .*; 0, class 0 .landbird.", "--n 0": "positive"}
-    bad |= {"--masks nowhere": "of 20 images none has a mask"}
-    bad |= {"--after nowhere": "nowhere: no such file"}
-    bad |= {
-        "--layer layer9": "layer9: cannot be used .*no attribute",
-        "--layer global_pool": "which is no map",
-    }
+    bad |= {"--masks nowhere": "of 20 images none has a mask", "--after nowhere": "no such file"}
+    bad |= {"--layer layer9": "layer9: cannot be used", "--layer global_pool": "which is no map"}
     bad |= {f"--after {run}/erm/best.pt": "twice", f"--after {run}/cattle/best.pt": "must be alike"}
     for more, words in bad.items():
         with pytest.raises(BadInput, match=words):

@@ -298,9 +298,8 @@ def draw_parts(y, generator, difficulty=0.2):
 
 
 def draw_birds(parts, a, generator, size=48):
-    """The built-in set, a tiny Waterbirds: images uint8 (N, 3, S, S), exact bird masks bool
-    (N, S, S) and pose and texture, (N, 9), for parts (N, 4) and places a (N,), 0 land or
-    1 water."""
+    """The built-in set, a tiny Waterbirds, of parts (N, 4) and places a (N,), 0 land or 1 water:
+    images uint8 (N, 3, S, S), bird masks bool (N, S, S), and pose and texture (N, 9)."""
     n = len(a)
 
     def pick(low, high, channels=1):

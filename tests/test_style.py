@@ -25,7 +25,7 @@ def test_functions_fit_on_a_screen_and_those_shared_say_what_they_do(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
-            assert lines <= (100 if node.name == "main" else 60), node.name
+            assert lines <= (100 if node.name == "main" else 50), node.name
         if isinstance(node, NESTING):
             inner = [child for child in ast.walk(node) if isinstance(child, NESTING)]
             assert len(inner) == 1, f"{path.name}:{node.lineno}"

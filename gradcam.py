@@ -31,7 +31,7 @@ from tqdm import tqdm
 import common
 from common import BadInput, short
 
-FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.csv")
+FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.*")
 MEASURES = ("mass", "pointing")  # share of mass inside the object, pointing game
 CONTROLS = ("random head", "gaussian")
 
@@ -392,10 +392,9 @@ def one_network(image_map, logits):
 
 
 def in_words(says, classes, label):
-    """'landbird 93 %', and '(wrong)' and 'map is empty' behind it where they are."""
+    """'landbird 93 %', with '(wrong)' behind it where it is."""
     wrong = " (wrong)" if says["predicted"] != label else ""
-    empty = "\nmap is empty" if says["empty"] else ""
-    return f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{wrong}{empty}"
+    return f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{wrong}"
 
 
 def print_focus(rows):
@@ -429,23 +428,33 @@ def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
     n_rows = 1 + len(shown)
     size = (max(4.5, 1 + 1.3 * len(drawn)), 0.6 + 1.5 * n_rows)
     fig = Figure(figsize=size, layout="constrained")
-    axes = fig.subplots(n_rows, len(drawn), squeeze=False)
+    axes, heat = fig.subplots(n_rows, len(drawn), squeeze=False), None
     for i, row in enumerate(drawn):
         picture = pictures[i].clamp(0, 1).permute(1, 2, 0).numpy()
         axes[0][i].imshow(picture)
         axes[0][i].set_xlabel(textwrap.fill(row["caption"], 16), fontsize=7)
         for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items()):
+            says = row["networks"][name]
             ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
-            ax.imshow(maps[i].numpy(), cmap="magma", vmin=0, alpha=0.6)
+            if says["empty"]:
+                style = {"ha": "center", "va": "center", "fontsize": 8, "backgroundcolor": "white"}
+                ax.text(0.5, 0.5, "map is empty", transform=ax.transAxes, **style)
+            else:
+                scaled = (maps[i] / maps[i].max()).numpy()
+                heat = ax.imshow(scaled, cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
-            ax.set_xlabel(in_words(row["networks"][name], classes, row["label"]), fontsize=7)
+            ax.set_xlabel(in_words(says, classes, row["label"]), fontsize=7)
     for ax, name in zip(axes[:, 0], ["image", *shown]):
         ax.set_ylabel(name, fontsize=9)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
+    if heat:
+        bar = fig.colorbar(heat, ax=axes[1:], fraction=0.02, pad=0.01)
+        bar.set_label("Grad-CAM (1: the map's maximum)", fontsize=7)
+        bar.ax.tick_params(labelsize=7)
     outline = "white: outline of the object; " if shapes is not None else ""
-    fig.suptitle(f"{heading}\nlight: maximum of a map; {outline}* minority", fontsize=9)
+    fig.suptitle(f"{heading}\n{outline}* minority", fontsize=9)
     common.save_figure(fig, path, dpi=100)
 
 

@@ -154,6 +154,8 @@ def read_table(data, attributes=CELEBA):
     if str(data) == "synthetic":
         return synthetic_table()
     path = Path(data).absolute()
+    if not path.exists():
+        raise BadInput(f"--data {data}: no such file or folder; give one, or 'synthetic'")
     tables = sorted(path.glob("metadata*.csv")) if path.is_dir() else [path]
     if len(tables) > 1:
         raise BadInput(f"{path} holds {len(tables)} metadata*.csv; name one")
@@ -163,7 +165,7 @@ def read_table(data, attributes=CELEBA):
     stems = ("list_attr_celeba", "list_eval_partition")
     lists = [[*path.glob(f"{stem}.*"), *path.glob(f"*/{stem}.*")] for stem in stems]
     if not all(lists):
-        found = f"holds neither a metadata csv nor {' and '.join(stems)}"
+        found = f"holds neither metadata*.csv nor {' and '.join(stems)}"
         raise BadInput(f"{path} {found}; name the folder that does, or see the README")
     # CelebA's lists are joined by file name, never by the order of rows
     (labels, *_), (splits, *_) = lists
@@ -179,8 +181,7 @@ def read_table(data, attributes=CELEBA):
 def read_columns(path, *wanted):
     """Columns of a csv, or of one of CelebA's txt lists, as lists of str; wanted: their names in
     the header, or 'name|other' where it may be either."""
-    layout = "expected a folder, or UTF-8 text: a header and rows; cut off, or a quote left open?"
-    with reading(path, layout):
+    with reading(path, "expected UTF-8 text, a header and rows; cut off, or a quote left open?"):
         with open(path, encoding="utf-8-sig") as file:
             lines = file.readlines()
         separator = max(",;\t", key=lines[0].count)
@@ -190,7 +191,8 @@ def read_columns(path, *wanted):
             if "partition" in path.name:  # has no header
                 table.insert(0, ["image_id", "partition"])
             else:  # first the number of rows, then the names of the 40 attributes
-                table[:2] = [["image_id", *table[1]]]
+                (_,), names, *rows = table
+                table = [["image_id", *names], *rows]
         header, *rows = [row for row in table if "".join(row).strip()]
         uneven = [row for row in rows if len(row) != len(header)]
         if uneven or not rows:
@@ -234,11 +236,14 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     (y, classes), (a, places) = (number_values(*pair) for pair in zip((y, a), labels))
     g, split, n_groups = y * len(places) + a, np.array(parts), len(classes) * len(places)
     counts = [np.bincount(g[split == i], minlength=n_groups).tolist() for i in range(3)]
-    sizes, kind = (len(classes), len(places)), "celeba" if tuple(labels) == CELEBA else None
+    sizes, kinds = (
+        (len(classes), len(places)),
+        [k for k, n in OFFICIAL_COUNTS.items() if n == counts],
+    )
+    kind = "celeba" if tuple(labels) == CELEBA else next(iter(kinds), None)
     if all(re.search(CUB_FILE, file) for file in files):
         kind = "waterbirds"
-    numbers = "=" in classes[0] and "=" in places[0]  # words stay as the user has them
-    if kind and numbers and sizes == (2, 2):
+    if kind and sizes == (2, 2) and "=" in classes[0] and "=" in places[0]:  # else the user's words
         classes, places = NAMES[kind]
         if counts != OFFICIAL_COUNTS[kind]:
             official = f"the official {kind} has {OFFICIAL_COUNTS[kind]}"
@@ -413,8 +418,9 @@ class Images(Dataset):
         self.y, self.g = torch.from_numpy(table.y[rows]), torch.from_numpy(table.g[rows])
         self.root, self.mean, self.std, self.views, self.seed = table.root, mean, std, views, seed
         self.built_in = (split, size, difficulty) if table.source == "synthetic" else None
-        missing = [file for file in self.files if not (table.root / file).is_file()]
-        if missing and not self.built_in:
+        named = [] if self.built_in else self.files
+        missing = [file for file in named if not (table.root / file).is_file()]
+        if missing:
             some = f"{len(missing)} of {len(rows)} {split} images are missing ({missing[0]})"
             raise BadInput(f"{table.root}: {some}; was the archive unpacked completely?")
         self.transform = make_transform(size, augment, drawn=bool(self.built_in))
@@ -518,7 +524,8 @@ def build_model(arch, n_classes, size, weights="none"):
         if weights == "default":
             raise BadInput("--weights default: nobody publishes a resnet10; use --weights none")
         options |= {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "zero_init_last": False}
-    with reading(f"--arch {arch}", f"expected a network of timm that takes --size {size}"):
+    expected = f"expected a network of timm that takes --size {size} and has --weights {weights}"
+    with reading(f"--arch {arch}", expected):
         config = timm.get_pretrained_cfg(name)
         if config and config.fixed_input_size:
             options["img_size"] = size
@@ -532,8 +539,8 @@ def build_model(arch, n_classes, size, weights="none"):
             model.get_submodule(head).reset_parameters()
         with torch.inference_mode():
             logits = model(torch.zeros(2, 3, size, size))
-        if logits.shape != (2, n_classes):
-            raise ValueError(f"gives {tuple(logits.shape)} for two images, no logits")
+        if not torch.is_tensor(logits) or logits.shape != (2, n_classes):
+            raise ValueError("what it gives for two images are no logits")
     if weights not in ("default", "none"):
         load_body(model, weights)
     return model
@@ -1079,15 +1086,16 @@ def machine(args):
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses
+    half = args.precision == "bf16"
     try:
-        device = torch.empty(0, device=args.device).device
+        device = torch.empty(0, device=args.device).device.type
+        context = torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device}: {reason}; use cpu or what is there") from error
-    half = args.precision == "bf16"
-    if not half and bf16_gain(device) > 1.4:
+    if not half and bf16_gain(args.device) > 1.4:
         print("--precision bf16 is faster here")
-    return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+    return context
 
 
 def bf16_gain(device):
@@ -1311,9 +1319,9 @@ def _in_one_line(error, folder):
         return " ".join(str(error).split())
     if isinstance(error, OSError):
         return f"{error.filename or folder}: {error.strerror or error}"
-    reason = (str(error).splitlines() or [""])[0][:160].rstrip(". ")
-    if "determin" in reason:
-        return f"{reason}; try without --deterministic"
-    if re.search("out of memory|can't allocate|DataLoader worker", str(error)):
-        return f"{reason}; try a smaller --batch-size or --workers 0"
-    return None
+    limits = "out of memory|can't allocate|DataLoader worker|deterministic"
+    if not isinstance(error, RuntimeError) or not re.search(limits, str(error)):
+        return None
+    reason = str(error).splitlines()[0][:160].rstrip(". ")
+    advice = "without --deterministic" if "deterministic" in reason else "a smaller --batch-size"
+    return f"{reason}; try {advice} or --workers 0"

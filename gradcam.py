@@ -156,10 +156,10 @@ def activations(model, x, layer=None, target=None):
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # what goes on may be overwritten, by an in-place ReLU
 
-    hook = model.get_submodule(layer).register_forward_hook(cut) if layer else None
+    hook = model.get_submodule(layer).register_forward_hook(cut) if layer is not None else None
     try:
         with common.evaluating(model), torch.inference_mode(False), torch.no_grad():
-            if layer:
+            if layer is not None:
                 logits = model(x)
             else:
                 logits = model.forward_head(cut(None, None, model.forward_features(x)))
@@ -179,7 +179,7 @@ def as_grid(model, layer, values):
     """What a layer gives as (B, C, h, w): tokens (B, T, C) without class and register tokens, in
     rows; channels that come last (Swin) in front."""
     if values.dim() == 4:
-        module = model.get_submodule(layer) if layer else None
+        module = model.get_submodule(layer) if layer is not None else None
         last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
         if isinstance(module, (torch.nn.Linear, *common.CONVOLUTIONS)):
             last = isinstance(module, torch.nn.Linear)
@@ -353,7 +353,7 @@ def check_layer(model, layer, size):
     logits do not depend on it."""
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     likely = ", ".join(list(common.prunable_layers(model))[-5:])
-    place = f"--layer {layer}" if layer else "the last feature map"
+    place = "the last feature map" if layer is None else f"--layer {layer}"
     with common.reading(place, f"name another --layer; the last ones are {likely}"):
         _, gradient, _ = activations(model, *common.on_device(model, noise), layer, 0)
         if not gradient.any():
@@ -376,10 +376,10 @@ def check_target(target, classes):
 
 
 def choose_images(split, groups, n, seed):
-    """Indices of n images or, in equal shares, a few more of the minority groups (all groups, where
-    none is one)."""
+    """Indices of n images, rounded up to equal shares of the first n minority groups or, where none
+    is one, of all groups."""
     there = [group for group in groups if (split.g == group["group"]).any()]
-    chosen = [group for group in there if group["minority"]] or there
+    chosen = ([group for group in there if group["minority"]] or there)[:n]
     most = math.ceil(n / len(chosen))
     return common.sample_groups(split.g, chosen, most, seed=seed).tolist()
 

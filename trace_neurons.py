@@ -108,13 +108,13 @@ def main(args):
         images = Subset(splits[name], index.tolist())
         return common.make_loader(images, args.batch_size, args.workers)
 
-    # How much was memorised at all, over all images
+    # What there is to trace: accuracy over all images
     reports, logits = {}, {}
     for name, split in splits.items():
         loader = common.make_loader(split, args.batch_size, args.workers)
         logits[name], y, g = common.predict(model, loader)
         reports[name] = common.group_report(logits[name].argmax(1), y, g, groups)
-    common.print_splits("How much was memorised", groups, reports)
+    common.print_splits("The network as it is", groups, reports)
 
     # Scores of all neurons and the sets I_j, from training images alone
     index = {}
@@ -381,8 +381,8 @@ def print_tables(results, groups):
     for control in results["control"].values():
         for t in control["tests"]:
             null = f"mean {t['mean']:+.2f}, 95 % between {t['low']:+.2f} and {t['high']:+.2f}"
-            own = f"G{t['group']}* {t['observed']:+7.2f} ({t['observed_images']:+d} of {t['n']})"
-            print(f"  {own}; {t['sets']} random sets of {t['random']}: {null}, p = {t['p']:.3f}")
+            found = f"G{t['group']}* {t['observed']:+7.2f} ({t['observed_images']:+d} of {t['n']})"
+            print(f"  {found}; {t['sets']} random sets of {t['random']}: {null}, p = {t['p']:.3f}")
         print(control["sentence"])
 
 

@@ -31,8 +31,9 @@ STAGES = ("erm", "trace", "structured", "finetune", "gradcam")
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone
-PLACES = {"run", "name", "data", "checkpoint", "kick_in", "before", "after", "images", "masks"}
+PLACES = {"run", "name", "data", "checkpoint", "kick_in", "before", "after", "masks"}
 PLACES |= {"seed", "device", "workers", "deterministic", "overwrite", "keep_epochs"}
+PLACES |= {"modifications", "groups", "images"}  # flags of earlier versions
 
 
 def parse_args(argv=None):

@@ -298,6 +298,7 @@ def differences(shown, found, _):
 
     tuned = of_stage(shown, "finetune")
     for run in tuned:
+        yield data_of(run), run["name"], "worst group", worst(run)
         yield data_of(run), run["name"], "minus before", worst(run) - worst(run, "before")
     for column, (key, value) in CONTROLS.items():
         control = {}
@@ -331,7 +332,7 @@ def table_lines(shown, _, stage):
 
 TABLES = {  # what is averaged, how its mean is written, what it is
     "wga": (accuracies, cell, "test accuracy in %, mean +- sd (n)"),
-    "differences": (differences, with_interval, "gain in worst group, points, paired [95 %]"),
+    "differences": (differences, cell, "test worst group in %, and its paired gain [95 %]"),
     "groups": (erm_groups, cell, "accuracy of ERM at the selected epoch in %"),
     "trace": (table_lines, signed, "change in accuracy in points"),
     "structured": (table_lines, cell, "minorities' change, share of it and mean of all layers"),
@@ -352,8 +353,11 @@ def tables(block, shown, found):
     for data, (rows, columns) in by_data.items():
         body = []
         for row, values in rows.items():
-            write = with_interval if row.startswith("Control") else form
-            body.append([row, *(write(values.get(column, [])) for column in columns)])
+            cells = []
+            for column in columns:
+                paired = row.startswith("Control") or column.startswith("minus")
+                cells.append((with_interval if paired else form)(values.get(column, [])))
+            body.append([row, *cells])
         yield f"{data}: {what}", ["", *columns], body
 
 

@@ -6,15 +6,13 @@
 birds="--data birds50 --arch tf_efficientnet_lite0 --weights tf_efficientnet_lite0.pth --size 128"
 birds="$birds --epochs 15 --batch-size 32 --keep-epochs 3 6 9 12"
 if [ "$1" = erm ]; then
-  for s in 0 1 2 3 4; do
-    echo "python train_erm.py --run runs/s$s --seed $s"
-    echo "python train_erm.py --run runs/b$s --seed $s $birds"
-  done
+  for s in 0 1 2 3 4 5 6 7 8 9; do echo "python train_erm.py --run runs/s$s --seed $s"; done
+  for s in 0 1 2 3 4; do echo "python train_erm.py --run runs/b$s --seed $s $birds"; done
   for s in 0 1 2; do echo "python train_erm.py --run runs/h$s --seed $s --precision bf16"; done
   exit
 fi
 tune() { seeds=$1; shift; for s in $seeds; do echo "python finetune_contrastive.py --run runs/s$s $*"; done; }
-all="0 1 2 3 4"
+all="0 1 2 3 4 5 6 7 8 9"
 # Table 12 and its controls; tracing; Grad-CAM
 tune "$all"
 tune "$all" --name gradient --criterion gradient
@@ -27,37 +25,38 @@ for s in $all; do
   echo "python structured_trace.py --run runs/s$s"
 done
 # Tables 4 to 10, with controls of the same start and budget
-tune "0 1 2" --name ce --loss ce
+tune "0 1 5" --name ce --loss ce
 for k in 5 15 20; do
-  tune "0 1 2" --name kick$k --kick-in $k
-  tune "0 1 2" --name erm-kick$k --kick-in $k --method erm
+  tune "0 1 5 6 7" --name kick$k --kick-in $k
+  tune "5 6 7" --name erm-kick$k --kick-in $k --method erm
 done
 for e in 2 10; do
-  tune "0 1 2" --name e$e --epochs $e
-  tune "0 1 2" --name erm-e$e --epochs $e --method erm
+  tune "0 1 5 6 7" --name e$e --epochs $e
+  tune "5 6 7" --name erm-e$e --epochs $e --method erm
 done
-tune "0 1 2" --name minority --criterion gradient --gradient-source minority
-for l in 0.01 0.1 1 10; do tune "0 1 2" --name lam$l --lam $l; done
-for f in 0.001 0.01 0.1; do tune "0 1 2" --name gradient-$f --criterion gradient --prune-fraction $f; done
-tune "0 1 2" --name p0.1 --prune-fraction 0.001
-tune "0 1 2" --name p1 --prune-fraction 0.01
-tune "0 1 2" --name p10 --prune-fraction 0.1
-tune "0 1 2" --name mixed --criterion mixed
+tune "0 1 5" --name minority --criterion gradient --gradient-source minority
+for l in 0.01 0.1; do tune "0 1 5" --name lam$l --lam $l; done
+for l in 1 10; do tune "0 5 6" --name lam$l --lam $l; done
+for f in 0.001 0.01 0.1; do tune "5 6 7" --name gradient-$f --criterion gradient --prune-fraction $f; done
+tune "0 5 6" --name p0.1 --prune-fraction 0.001
+tune "0 5 6" --name p1 --prune-fraction 0.01
+tune "0 5 6" --name p10 --prune-fraction 0.1
+tune "0 5 6" --name mixed --criterion mixed
 # Choices
-tune 0 --name logits --features logits
-tune 0 --name simclr --features projection
-tune 0 --name oneview --views one
-tune 0 --name mean --lam-reduction mean
-tune 0 --name smallest --order smallest
-tune 0 --name weight --unit weight
-tune 0 --name shared --aux-bn shared
+tune 5 --name logits --features logits
+tune 5 --name simclr --features projection
+tune 5 --name oneview --views one
+tune 5 --name mean --lam-reduction mean
+tune 5 --name smallest --order smallest
+tune 5 --name weight --unit weight
+tune 5 --name shared --aux-bn shared
 # Where the networks look, after the runs above; the default layer is too coarse (2 x 2)
 for s in $all; do
   after="--after runs/s$s/finetune/best.pt runs/s$s/erm-continued/best.pt"
   echo "python gradcam.py --run runs/s$s --layer layer2.0.conv2 $after"
 done
 # Real birds: Table 12 and its controls, tracing, Grad-CAM
-for s in $all; do
+for s in 0 1 2 3 4; do
   run="--run runs/b$s"
   echo "python finetune_contrastive.py $run --epochs 5"
   echo "python finetune_contrastive.py $run --epochs 5 --name gradient --criterion gradient"

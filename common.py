@@ -499,12 +499,6 @@ def _leave_signals_to_the_script(_):
         signal.signal(number, signal.SIG_DFL)
 
 
-def count_cores(most=8):
-    """Processor cores at hand, `most` at the most: the default of --workers."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return min(most, len(cores))
-
-
 # ------------------------------------------------------------------------------------------------
 # 2. Models and checkpoints
 # ------------------------------------------------------------------------------------------------
@@ -1059,7 +1053,9 @@ def make_parser(description, notes):
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default=best_device(), help="cpu, cuda, mps, xpu (%(default)s)")
+    there = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator().type if there else "cpu"
+    g.add_argument("--device", default=device, help="cpu, cuda, mps, xpu (%(default)s)")
     g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
     choices, half = ["fp32", "bf16"], "bf16: half the bits in convolutions and products (fp32)"
     g.add_argument("--precision", choices=choices, default="fp32", help=half)
@@ -1120,14 +1116,11 @@ def check_finite(loss, model, advice):
     return loss.item()
 
 
-def best_device():
-    """'cuda', 'mps', 'xpu' or whatever torch finds, else 'cpu': the default of --device."""
-    there = torch.accelerator.is_available()
-    return torch.accelerator.current_accelerator().type if there else "cpu"
-
-
-def fill_defaults(args, defaults):
-    """Give arguments that were left out (None) their default, and print all of them."""
+def fill_defaults(args, table, **defaults):
+    """Give arguments that were left out (None) their default, and print all of them. Of --workers
+    it is 0 for the built-in set, which lies in memory, else the cores at hand, at most 8."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    defaults["workers"] = 0 if table.source == "synthetic" else min(8, len(cores))
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

@@ -353,12 +353,11 @@ def starting_point(args):
 
 def resolve(args, start, table):
     """Fill in what was left out from the ERM run and the kind of data; refuse what cannot be."""
-    erm, built_in = start["args"], table.source == "synthetic"
-    defaults = {"epochs": 5 if built_in else 20, "workers": 0 if built_in else common.count_cores()}
+    erm, defaults = start["args"], {"epochs": 5 if table.source == "synthetic" else 20}
     with common.reading(args.checkpoint, "it was not written by a training stage"):
         defaults |= {key: erm[key] for key in ("batch_size", "augment", "seed")}
         args.erm_head = erm.get("head") or erm["erm_head"]
-    common.fill_defaults(args, defaults)
+    common.fill_defaults(args, table, **defaults)
     common.check_flags(args, "epochs", "batch_size", "lr", "temperature")
     if not 0 < args.prune_fraction < 1:
         fraction = f"--prune-fraction {args.prune_fraction}"

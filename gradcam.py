@@ -75,7 +75,7 @@ def main(args):
     models, checkpoint, table = load_networks(args)
     before, *after = models
     built_in, classes = table.source == "synthetic", checkpoint["classes"]
-    common.fill_defaults(args, {"workers": 0 if built_in else common.count_cores()})
+    common.fill_defaults(args, table)
     common.check_flags(args, "n", "batch_size")
     explained = check_target(args.target, classes)
     layer = choose_layer(args.layer, models[before], checkpoint["arch"])

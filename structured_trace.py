@@ -60,9 +60,8 @@ def main(args):
     # The network and its data; a folder to write into, before anything is computed
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, table = common.reopen(args.checkpoint, args.data, args.device)
-    built_in, groups = table.source == "synthetic", table.groups
-    defaults = {"max_per_group": 100 if built_in else None}
-    common.fill_defaults(args, {**defaults, "workers": 0 if built_in else common.count_cores()})
+    groups, most = table.groups, 100 if table.source == "synthetic" else None
+    common.fill_defaults(args, table, max_per_group=most)
     common.check_flags(args, "k", "controls", "batch_size", "max_per_group")
     new = common.new_folder(args.run / "structured", args, FILES)
     unit, counts = common.find_neurons(model, args.unit)

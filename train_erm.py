@@ -32,10 +32,8 @@ FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "epoch_*.pt", "*.png", 
 # Defaults: section 4.1 and Table 2; and those of the built-in set
 PAPER = {"arch": "resnet50", "weights": "default", "size": 224, "epochs": 100, "batch_size": 256}
 PAPER |= {"lr": 1e-4, "augment": "table1", "keep_epochs": [30, 40, 50, 60]}
-PAPER |= {"workers": common.count_cores()}
 SYNTHETIC = {"arch": "resnet10", "weights": "default", "size": 48, "epochs": 25, "lr": 3e-4}
 SYNTHETIC |= {"batch_size": 128, "augment": "crop-flip", "keep_epochs": [5, 10, 15, 20]}
-SYNTHETIC |= {"workers": 0}
 
 
 NOTES = """In brackets: the default, which is the paper's, and behind a semicolon that of the
@@ -84,7 +82,7 @@ def parse_args(argv=None):
 
 def main(args):
     table = common.read_table(args.data, args.attributes)
-    common.fill_defaults(args, SYNTHETIC if table.source == "synthetic" else PAPER)
+    common.fill_defaults(args, table, **(SYNTHETIC if table.source == "synthetic" else PAPER))
     common.check_flags(args, "epochs", "batch_size", "lr", "size")
     if args.batch_size < 2:
         raise common.BadInput("--batch-size 1: BatchNorm cannot take a single image; use 2 or more")

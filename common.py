@@ -488,12 +488,13 @@ def make_loader(images, batch_size=128, workers=0, order=None):
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.accelerator.is_available(),
-        worker_init_fn=_leave_signals_to_the_script,
+        worker_init_fn=_leave_words_to_the_script,
         generator=torch.Generator(),  # its own: else it would draw from the one that dropout uses
     )
 
 
-def _leave_signals_to_the_script(_):
+def _leave_words_to_the_script(_):  # of signals, and of what breaks where a worker is killed
+    sys.excepthook = lambda *_: None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, signal.SIG_DFL)

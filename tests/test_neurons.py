@@ -26,7 +26,7 @@ def batches(sizes=(5, 3)):
     return found
 
 
-def test_group_report_by_hand():
+def test_group_report_by_hand(capsys):
     """Eight images; group 3 has none and counts in no mean, nor as the worst."""
     g = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
     predicted = torch.tensor([0, 0, 0, 1, 0, 1, 0, 1])  # right: 3 of 4, 1 of 2, 1 of 2
@@ -37,6 +37,10 @@ def test_group_report_by_hand():
     assert report["acc_mean"] == 5 / 8
     assert report["acc_mean_train_mix"] == pytest.approx((60 * 0.75 + 20 * 0.5 + 5 * 0.5) / 85)
     assert common.in_percent(report) == " 75.0  50.0*  50.0* -"  # starred: minorities
+    before = common.group_report(1 - predicted, g // 2, g, GROUPS)  # its worst group is 0
+    common.print_splits("title", GROUPS, {"test": report}, {"test": before})
+    ends = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert ends[:5] == ["25.0 -> 75.0", "50.0 -> 50.0<", "50.0 -> 50.0", "- -> -", "25.0 -> 50.0"]
 
 
 NEURONS = [("resnet10", "conv1", 13, "channel", 1504)]

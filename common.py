@@ -1253,12 +1253,13 @@ def script(folder, afterwards="the same command continues"):
     """Around a script's main(): one process a folder; errors in one line and exit code 2; after
     SIGINT, SIGTERM and SIGHUP one line on what to do, and exit code 130, 143, 129."""
     program, folder = Path(sys.argv[0]).name, Path(os.path.realpath(folder))
+    received = []  # signals
     warnings.simplefilter("ignore")  # what the user should know, we say
     logging.disable(logging.WARNING)
     sys.unraisablehook = lambda _: None  # a dead worker is reported from every corner, once by us
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, _stop)
+            signal.signal(number, functools.partial(_stop, received))
     try:
         with _locked(folder):
             yield
@@ -1266,12 +1267,11 @@ def script(folder, afterwards="the same command continues"):
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except Stopped as stopped:
-        number = signal.Signals(stopped.args[0])
-        said = f"stopped by {number.name}; {afterwards}: python {shlex.join(sys.argv)}"
-        print(f"\n{program}: {said}", file=sys.stderr)
-        raise SystemExit(128 + number) from None
-    except Exception as error:
+    except (Stopped, Exception) as error:
+        if received:  # libraries in C may have made something else of Stopped
+            said = f"stopped by {received[0].name}; {afterwards}: python {shlex.join(sys.argv)}"
+            print(f"\n{program}: {said}", file=sys.stderr)
+            raise SystemExit(128 + received[0]) from None
         message = _in_one_line(error, folder)
         if message is None:  # a fault of ours: its traceback tells where
             raise
@@ -1279,12 +1279,13 @@ def script(folder, afterwards="the same command continues"):
         raise SystemExit(2) from None
 
 
-def _stop(number, _):
+def _stop(received, number, _):
+    received.append(signal.Signals(number))
     for other in STOP_SIGNALS:  # the first one is enough
         signal.signal(other, signal.SIG_IGN)
     if hasattr(signal, "SIGCHLD"):  # that workers end as well is no error now
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    raise Stopped(number)
+    raise Stopped
 
 
 @contextlib.contextmanager

@@ -236,10 +236,8 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     (y, classes), (a, places) = (number_values(*pair) for pair in zip((y, a), labels))
     g, split, n_groups = y * len(places) + a, np.array(parts), len(classes) * len(places)
     counts = [np.bincount(g[split == i], minlength=n_groups).tolist() for i in range(3)]
-    sizes, kinds = (
-        (len(classes), len(places)),
-        [k for k, n in OFFICIAL_COUNTS.items() if n == counts],
-    )
+    sizes = (len(classes), len(places))
+    kinds = [kind for kind, official in OFFICIAL_COUNTS.items() if official == counts]
     kind = "celeba" if tuple(labels) == CELEBA else next(iter(kinds), None)
     if all(re.search(CUB_FILE, file) for file in files):
         kind = "waterbirds"
@@ -1067,7 +1065,7 @@ def make_parser(description, notes):
 
 def check_flags(args, *positive):
     """Raises BadInput unless the arguments named are positive (or left out) and seed and workers
-    are possible."""
+    are possible. Says where bf16 would gain."""
     for name in positive:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -1075,6 +1073,8 @@ def check_flags(args, *positive):
     for name, most in (("seed", 2**32 - 1), ("workers", 1000)):
         if not 0 <= getattr(args, name) <= most:
             raise BadInput(f"--{name} {getattr(args, name)}: must be 0 to {most}")
+    if args.precision == "fp32" and bf16_gain(args.device) > 1.4:
+        print("--precision bf16 is faster here")
 
 
 def machine(args):
@@ -1086,13 +1086,10 @@ def machine(args):
     half = args.precision == "bf16"
     try:
         device = torch.empty(0, device=args.device).device.type
-        context = torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False)
+        return torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device}: {reason}; use cpu or what is there") from error
-    if not half and bf16_gain(args.device) > 1.4:
-        print("--precision bf16 is faster here")
-    return context
 
 
 def bf16_gain(device):

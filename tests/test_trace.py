@@ -39,7 +39,9 @@ def on_planted(monkeypatch):
 
 def trace(script, run, more=""):
     flags = ["--run", str(run), "--device", "cpu", "--workers", "0", *more.split()]
-    script.main(script.parse_args(flags))
+    args = script.parse_args(flags)
+    with common.machine(args):
+        script.main(args)
 
 
 def read(path):
@@ -239,7 +241,7 @@ def test_numbers_by_hand():
     assert summary["thirds"] == {"first": 10 / 15, "middle": 0, "last": 5 / 15}  # G3 is no minority
 
 
-SHARED = "--max-per-group 0,--batch-size 0,--seed -1"
+SHARED = "--max-per-group 0,--batch-size 0,--device nonsense,--seed -1"
 OWN = "--repeats 0,--sigma inf,--sigma nan 0.01,--sigma 0.01 0,--top-k 0 3,--top-k 3 214"
 OWN += ",--controls 5,--controls -1"
 REFUSED = [(trace_neurons, more) for more in f"{SHARED},{OWN}".split(",")]

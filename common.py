@@ -696,10 +696,13 @@ def group_report(predicted, y, g, groups):
     }
 
 
-def evaluate(model, batches, groups):
-    """The group_report of a model."""
-    logits, y, g = predict(model, batches)
-    return group_report(logits.argmax(1), y, g, groups)
+def evaluate(model, loaders, groups):
+    """Group reports and logits (N, C) of a model on every split, {split: ...} each."""
+    reports, logits = {}, {}
+    for split, batches in loaders.items():
+        logits[split], y, g = predict(model, batches)
+        reports[split] = group_report(logits[split].argmax(1), y, g, groups)
+    return reports, logits
 
 
 def short(group):

@@ -41,7 +41,6 @@ BUDGET = ("epochs", "lr", "batch_size", "augment", "seed")  # what a run shares 
 METHOD = ("method", "criterion", "prune_fraction", "order", "unit", "gradient_source", "views")
 METHOD += ("features", "aux_bn", "temperature", "loss", "lam", "lam_reduction")
 
-
 NOTES = """In brackets: the default, which follows the paper's text; "code": what its released code
 does.
 
@@ -233,10 +232,11 @@ def main(args):
     augmented = common.open_split(start, table, "train", args.augment, views=views, seed=args.seed)
     order = common.EpochOrder(len(augmented), args.batch_size, args.seed)
     batches = common.make_loader(augmented, workers=args.workers, order=order)
-    splits, evaluated = {}, {}
+    splits, loaders = {}, {}
     for name in common.SPLITS:
         splits[name] = common.open_split(start, table, name)
-        evaluated[name] = common.make_loader(splits[name], args.batch_size, args.workers)
+        loaders[name] = common.make_loader(splits[name], args.batch_size, args.workers)
+    test = {"test": loaders.pop("test")}  # for the end
     args.unit, counts = common.find_neurons(model, args.unit)
     inputs = {"data": table.fingerprint(), "start": common.fingerprint_of(model)}
     last, finished = common.start_or_continue(folder, args, FILES, **inputs)
@@ -261,7 +261,7 @@ def main(args):
             log, best = last["log"], last["best"]
             pruned, neurons = read_pruned(folder / "pruned.csv", last["pruned"], last["epoch"])
 
-    logits, reports = measure(model, evaluated, groups)
+    reports, logits = common.evaluate(model, loaders, groups)
     log = log or [{"epoch": 0, **reports}]  # the network as it came from ERM
     for epoch in range(len(log), args.epochs + 1):
         started, lr, n, sums = time.time(), optimizer.param_groups[0]["lr"], 0, {}
@@ -288,7 +288,7 @@ def main(args):
         loss = common.check_finite(sum(sums.values()) / n, model, advice)
         scheduler.step(loss)
 
-        logits, reports = measure(model, evaluated, groups)
+        reports, logits = common.evaluate(model, loaders, groups)
         fields = {**about, "epoch": epoch, "metrics": reports}
         if reports["val"]["acc_worst"] > best["score"]:
             best = {"epoch": epoch, "score": reports["val"]["acc_worst"]}
@@ -314,21 +314,12 @@ def main(args):
     networks["last"] = (folder / "last.pt", args.epochs)
     for key, (path, epoch) in networks.items():
         saved, _ = common.load_model(path, args.device)
-        test = common.evaluate(saved, evaluated["test"], groups)
-        results[key] = {"train": log[epoch]["train"], "val": log[epoch]["val"], "test": test}
+        results[key] = {split: log[epoch][split] for split in loaders}
+        results[key] |= common.evaluate(saved, test, groups)[0]
     plot(results, log, folder)
     common.write_json(folder / "results.json", results)
     print_table(results, groups)
     print(f"wrote {folder}/")
-
-
-def measure(model, loaders, groups):
-    """Logits and group reports of training and validation images: {split: ...} each."""
-    logits, reports = {}, {}
-    for name in ("train", "val"):
-        logits[name], y, g = common.predict(model, loaders[name])
-        reports[name] = common.group_report(logits[name].argmax(1), y, g, groups)
-    return logits, reports
 
 
 def starting_point(args):

@@ -25,8 +25,6 @@ import common
 
 FILES = ("args.json", "layers.csv", "fig07_layers.png", "results.json")
 CRITERIA = ("gradient", "magnitude", "random")
-THIRDS = ("first", "middle", "last")
-
 
 NOTES = """In brackets: the default.
 
@@ -135,7 +133,7 @@ def summarize_layers(heat, layers, groups):
         minority += np.abs(values) * group["minority"]
     thirds = None
     if minority.sum() > 0:
-        parts = zip(THIRDS, np.array_split(minority, 3))
+        parts = zip(("first", "middle", "last"), np.array_split(minority, 3))
         thirds = {third: float(part.sum() / minority.sum()) for third, part in parts}
     return {"groups": of_groups, "thirds": thirds}
 

@@ -40,7 +40,6 @@ FIGURES = {
 FEW_NEURONS = 3  # the random modifications and the figures stop there, as in the paper
 FEW_IMAGES = 2  # a loss larger than that of random neurons by no more is no finding, however rare
 
-
 NOTES = """In brackets: the default.
 
 --unit              a neuron is a channel or a single weight; auto: a channel, in transformers a
@@ -108,11 +107,8 @@ def main(args):
         return common.make_loader(images, args.batch_size, args.workers)
 
     # What there is to trace: accuracy over all images
-    reports, logits = {}, {}
-    for name, split in splits.items():
-        loader = common.make_loader(split, args.batch_size, args.workers)
-        logits[name], y, g = common.predict(model, loader)
-        reports[name] = common.group_report(logits[name].argmax(1), y, g, groups)
+    loaders = {name: batches(name, torch.arange(len(split))) for name, split in splits.items()}
+    reports, logits = common.evaluate(model, loaders, groups)
     common.print_splits("The network as it is", groups, reports)
 
     # Scores of all neurons and the sets I_j, from training images alone
@@ -148,23 +144,12 @@ def main(args):
 
     # Tables, control and figures, which take the place of an older trace as a whole
     neurons = neuron_table(ranked, scores, everywhere)
-    tables = make_tables(rows, groups, args)
-    results = {
-        "stage": "trace",
-        "source": table.source,
-        "arch": checkpoint["arch"],
-        "checkpoint": str(args.checkpoint),
-        "epoch": checkpoint["epoch"],
-        "unit": unit,
-        "neurons": total,
-        "layers": len(counts),
-        "listed": listed,
-        "groups": groups,
-        "splits": reports,
-        "control": {c: control_test(rows, c, groups, args) for c in CRITERIA},
-        "tables": tables,
-        "ranks": rank_shares(neurons),
-    }
+    results = {"stage": "trace", "source": table.source, "arch": checkpoint["arch"]}
+    results |= {"checkpoint": str(args.checkpoint), "epoch": checkpoint["epoch"], "unit": unit}
+    results |= {"neurons": total, "layers": len(counts), "listed": listed}
+    results |= {"groups": groups, "splits": reports}
+    results |= {"tables": make_tables(rows, groups, args), "ranks": rank_shares(neurons)}
+    results["control"] = {c: control_test(rows, c, groups, args) for c in CRITERIA}
     common.write_csv(new / "neurons.csv", neurons)
     common.write_csv(new / "accuracy.csv", rows)
     for how, figures in FIGURES.items():

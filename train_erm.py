@@ -35,7 +35,6 @@ PAPER |= {"lr": 1e-4, "augment": "table1", "keep_epochs": [30, 40, 50, 60]}
 SYNTHETIC = {"arch": "resnet10", "weights": "default", "size": 48, "epochs": 25, "lr": 3e-4}
 SYNTHETIC |= {"batch_size": 128, "augment": "crop-flip", "keep_epochs": [5, 10, 15, 20]}
 
-
 NOTES = """In brackets: the default, which is the paper's, and behind a semicolon that of the
 built-in set.
 
@@ -54,9 +53,8 @@ def parse_args(argv=None):
     p = common.make_parser(__doc__, NOTES)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="synthetic", help="folder, metadata csv or 'synthetic'")
-    hair = ["Blond_Hair", "Male"]
-    celeba = f"CelebA's lists: class and spurious attribute ({' '.join(hair)})"
-    g.add_argument("--attributes", nargs=2, default=hair, metavar=("Y", "A"), help=celeba)
+    celeba, names = "CelebA's lists: class and spurious attribute (Blond_Hair Male)", common.CELEBA
+    g.add_argument("--attributes", nargs=2, default=names, metavar=("Y", "A"), help=celeba)
     spread = "built-in set: spread of shapes within a class, in half distances of classes (0.2)"
     g.add_argument("--difficulty", type=float, default=0.2, help=spread)
     g = p.add_argument_group("model")
@@ -106,6 +104,7 @@ def main(args):
     for name in common.SPLITS:
         split = common.open_split(about, table, name)
         loaders[name] = common.make_loader(split, args.batch_size, args.workers)
+    test = {"test": loaders.pop("test")}  # for the end
     last, finished = common.start_or_continue(folder, args, FILES, data=table.fingerprint())
     if finished is not None:
         with common.reading(folder / "results.json", "use --overwrite"):
@@ -143,9 +142,7 @@ def main(args):
         scheduler.step(loss)
 
         # Training accuracy too is measured without augmentation, in eval mode
-        reports = {}
-        for name in ("train", "val"):
-            reports[name] = common.evaluate(model, loaders[name], table.groups)
+        reports, _ = common.evaluate(model, loaders, table.groups)
         val = reports["val"]
         score = {"val-wga": val["acc_worst"], "val-mean": val["acc_mean"], "last": epoch}
         # best.pt before last.pt: a kill in between repeats the epoch and writes the same again
@@ -169,8 +166,8 @@ def main(args):
     networks = {"splits": ("best.pt", best["epoch"]), "last": ("last.pt", args.epochs)}
     for key, (name, epoch) in networks.items():
         saved, _ = common.load_model(folder / name, args.device)
-        test, row = common.evaluate(saved, loaders["test"], table.groups), log[epoch - 1]
-        results[key] = {"train": row["train"], "val": row["val"], "test": test}
+        results[key] = {split: log[epoch - 1][split] for split in loaders}
+        results[key] |= common.evaluate(saved, test, table.groups)[0]
     # results.json comes last: where it stands, the run is whole
     plot(results, log, folder)
     common.write_json(folder / "results.json", results)

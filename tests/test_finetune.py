@@ -178,9 +178,9 @@ def test_a_run_and_its_extension(run, monkeypatch):
     networks = {"before": (run / "erm/best.pt", 0), "splits": (folder / "best.pt", selected)}
     for key, (path, epoch) in {**networks, "last": (folder / "last.pt", 3)}.items():
         model, saved, table = common.reopen(path)
-        images = common.make_loader(common.open_split(saved, table, "test"))
-        test, row = common.evaluate(model, images, table.groups), log[epoch]
-        assert results[key] == {"train": row["train"], "val": row["val"], "test": test}
+        images = {"test": common.make_loader(common.open_split(saved, table, "test"))}
+        (test, _), row = common.evaluate(model, images, table.groups), log[epoch]
+        assert results[key] == {"train": row["train"], "val": row["val"], **test}
     assert len(common.load_checkpoint(folder / "last.pt")["project"]) == 4
     for name in ("groups.png", "curves.png"):
         assert len(Image.open(folder / name).convert("L").getcolors(1 << 20)) > 20

@@ -1,7 +1,6 @@
 """trace_neurons.py and structured_trace.py: a planted filter, slow second ways, the control."""
 
 import csv
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -220,7 +219,7 @@ def test_p_values_and_printed_ranges_under_the_null():
         inside.append(test["low"] <= test["observed"] <= test["high"])
     assert 0.93 <= np.mean(inside) <= 0.97
     for level in (0.05, 0.25, 0.5, 0.9):
-        assert np.mean(np.array(p) <= level) == pytest.approx(math.floor(41 * level) / 41, abs=0.04)
+        assert np.mean(np.array(p) <= level) == pytest.approx(int(41 * level) / 41, abs=0.04)
 
 
 def test_numbers_by_hand():

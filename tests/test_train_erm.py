@@ -69,13 +69,14 @@ def test_what_a_run_writes(train, erm_run, tmp_path, monkeypatch, rule, selected
     evaluated, evaluate, folder = [], common.evaluate, tmp_path / "run/erm"
     scores = [(0.1, 0.6), (0.2, 0.4), (0.3, 0.6), (0.3, 0.5)]  # worst group, mean in validation
 
-    def spy(model, batches, groups):
-        """Says of which network a report is."""
-        evaluated.append(len(batches.dataset))
-        report = {**evaluate(model, batches, groups), "of": common.fingerprint_of(model)}
-        if evaluated[-1] == 16:
-            report["acc_worst"], report["acc_mean"] = scores[len(evaluated) // 2 - 1]
-        return report
+    def spy(model, loaders, groups):
+        evaluated.extend(len(batches.dataset) for batches in loaders.values())
+        reports, logits = evaluate(model, loaders, groups)
+        for report in reports.values():
+            report["of"] = common.fingerprint_of(model)
+        val = reports.get("val", {})
+        val["acc_worst"], val["acc_mean"] = scores[len(evaluated) // 2 % 4 - 1]
+        return reports, logits
 
     monkeypatch.setattr(common, "evaluate", spy)
     train(f"--select {rule}")
@@ -83,10 +84,10 @@ def test_what_a_run_writes(train, erm_run, tmp_path, monkeypatch, rule, selected
     assert evaluated == [32, 16] * 4 + [20, 20] and results["selected_epoch"] == selected
     for key, name, epoch in (("splits", "best.pt", selected), ("last", "last.pt", 4)):
         model, saved, table = common.reopen(folder / name)
-        images = common.make_loader(common.open_split(saved, table, "test"))
-        test, row = evaluate(model, images, table.groups), log[epoch - 1]
-        test["of"] = weights[name]
-        assert results[key] == {"train": row["train"], "val": row["val"], "test": test}
+        images = {"test": common.make_loader(common.open_split(saved, table, "test"))}
+        (test, _), row = evaluate(model, images, table.groups), log[epoch - 1]
+        test["test"]["of"] = weights[name]
+        assert results[key] == {"train": row["train"], "val": row["val"], **test}
         assert saved["epoch"] == row["epoch"] == epoch and row["val"]["of"] == weights[name]
     for path in (erm_run / "run/erm").glob("*.png"):
         assert len(Image.open(path).convert("L").getcolors(1 << 20)) > 20

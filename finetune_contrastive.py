@@ -37,9 +37,6 @@ import common
 from common import BadInput
 
 FILES = ("args.json", "log.jsonl", "pruned.csv", "best.pt", "last.pt", "results.json", "*.png")
-BUDGET = ("epochs", "lr", "batch_size", "augment", "seed")  # what a run shares with its control
-METHOD = ("method", "criterion", "prune_fraction", "order", "unit", "gradient_source", "views")
-METHOD += ("features", "aux_bn", "temperature", "loss", "lam", "lam_reduction")
 
 NOTES = """In brackets: the default, which follows the paper's text; "code": what its released code
 does.
@@ -308,8 +305,7 @@ def main(args):
     # The test split is read here and nowhere else: for the start, the selected and the last epoch
     results = {"stage": "finetune", "arch": start["arch"], "source": table.source}
     results |= {"start": args.checkpoint.name, "start_epoch": start["epoch"]}
-    results |= {key: getattr(args, key) for key in (*METHOD, *BUDGET)}
-    results["selected_epoch"] = best["epoch"]
+    results |= {"method": args.method, "epochs": args.epochs, "selected_epoch": best["epoch"]}
     networks = {"before": (args.checkpoint, 0), "splits": (folder / "best.pt", best["epoch"])}
     networks["last"] = (folder / "last.pt", args.epochs)
     for key, (path, epoch) in networks.items():

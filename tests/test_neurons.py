@@ -36,7 +36,9 @@ def test_group_report_by_hand(capsys):
     assert report["worst_group"] == 1 and report["acc_worst"] == 0.5  # the first of equals
     assert report["acc_mean"] == 5 / 8
     assert report["acc_mean_train_mix"] == pytest.approx((60 * 0.75 + 20 * 0.5 + 5 * 0.5) / 85)
-    assert common.in_percent(report) == " 75.0  50.0*  50.0* -"  # starred: minorities
+    row = {"epoch": 1, "loss": 1.0, "lr": 0.1, "seconds": 5, "train": report, "val": report}
+    common.print_epoch(row, 2)
+    assert " val  75.0  50.0*  50.0* - worst 50.0 (group 1)" in capsys.readouterr().out
     before = common.group_report(1 - predicted, g // 2, g, GROUPS)  # its worst group is 0
     common.print_splits("title", GROUPS, {"test": report}, {"test": before})
     ends = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[3:]]

@@ -86,7 +86,7 @@ def reading(path, advice):
 
 def write(path, content):
     """Write bytes or text: afterwards `path` holds all of it or what it held before, on a full disk
-    and after a kill too. Raises BadInput naming file and disk."""
+    and after a kill too. Raises BadInput."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.new")
     try:
@@ -96,9 +96,7 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        disk = path.parent.absolute()
-        free = f"{shutil.disk_usage(disk).free / 1e6:.0f} MB free" if disk.exists() else "missing"
-        raise BadInput(f"{path} cannot be written ({error.strerror}; {disk}: {free})") from error
+        raise BadInput(f"{path.absolute()} cannot be written ({error.strerror})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -248,12 +246,13 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
             official = f"the official {kind} has {OFFICIAL_COUNTS[kind]}"
             warn(f"{source}: images per group in train, val, test are {counts}; {official}")
     groups = describe_groups(classes, places, counts[0])
+    if min(sizes) < 2:
+        raise BadInput(f"{source}: needs two or more classes and attributes; it has {sizes}")
     for name, n in zip(SPLITS, counts):
         empty = ", ".join(group["name"] for group, images in zip(groups, n) if images == 0)
-        if min(sizes) < 2 or sum(n) == 0 or (empty and name == "train"):
-            needs = "two or more classes and attributes, each pair in training, and three splits"
-            missing = f"{name} has no image of {empty[:200] or 'another kind'}"
-            raise BadInput(f"{source}: needs {needs}; {missing}")
+        if sum(n) == 0 or (empty and name == "train"):
+            needs = "each pair of class and attribute in training, and three splits"
+            raise BadInput(f"{source}: needs {needs}; {name} has no image of {empty[:200]}")
         if empty:
             warn(f"{source}: no {name} image of {empty}; not in the worst group of {name}")
     for values, what in ((parts, "split"), (y.tolist(), "class")):
@@ -426,12 +425,11 @@ class Images(Dataset):
         # In evaluation the pixels never change: kept where they fit, for all workers together
         self.kept, there = None, Path("/dev/shm").exists()
         room = min(4e9, shutil.disk_usage("/dev/shm").free / 2) if there else 0
-        if augment == "none" and not self.built_in and len(rows) * 3 * size**2 < room:
-            self.kept = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8).share_memory_()
-            self.known = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
         if augment == "none" and self.built_in:
-            self.kept = draw_split(*self.built_in)[0]
-            self.known = torch.ones(len(rows), dtype=torch.bool)
+            self.kept, self.known = draw_split(*self.built_in)[0], torch.ones(len(rows)).bool()
+        elif augment == "none" and len(rows) * 3 * size**2 < room:
+            self.kept = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8).share_memory_()
+            self.known = torch.zeros(len(rows)).bool().share_memory_()
 
     def __len__(self):
         return len(self.files)
@@ -779,6 +777,7 @@ def plot_epochs(log, selected):
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="lower right", fontsize=8)
     for ax in axes:
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.axvline(selected, color="0.8", ls=":", zorder=0)
         ax.set_xlabel("epoch")
     return fig, axes[-1]
@@ -834,7 +833,8 @@ def find_neurons(model, unit="auto"):
     transformers), and how many neurons each layer has, {layer: n}; prints both."""
     layers = prunable_layers(model)
     convolutional = next(iter(layers.values())).dim() > 2
-    unit = {"auto": "channel" if convolutional else "weight"}.get(unit, unit)
+    if unit == "auto":
+        unit = "channel" if convolutional else "weight"
     counts = {name: len(w) if unit == "channel" else w.numel() for name, w in layers.items()}
     share = sum(w.numel() for w in layers.values()) / sum(p.numel() for p in model.parameters())
     total = f"{sum(counts.values())} neurons ({unit}s) in {len(layers)} layers"
@@ -942,8 +942,8 @@ def modified(model, neurons, how="zero", sigma=0.0, seed=0, unit="channel"):
 
 
 class _Fork(torch.fx.Interpreter):
-    """Walks a network node by node and, in front of the first node that uses a weight which a
-    variant changes, runs the rest for that variant: what lies before is computed once for all."""
+    """One forward pass for all variants: in front of the first node that uses a weight which a
+    variant changes, the rest is run for that variant; what lies before is computed once for all."""
 
     def __init__(self, traced, model, variants, unit):
         super().__init__(traced)
@@ -1051,12 +1051,13 @@ def make_parser(description, notes):
     p = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=form)
     p.allow_abbrev = False
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
-    p.add_argument("--run", type=Path, default="runs/synthetic", help="folder shared by all stages")
+    shared = "folder shared by all stages (%(default)s)"
+    p.add_argument("--run", type=Path, default="runs/synthetic", help=shared)
     g = p.add_argument_group("machine")
     there = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator().type if there else "cpu"
     g.add_argument("--device", default=device, help="cpu, cuda, mps, xpu (%(default)s)")
-    g.add_argument("--workers", type=int, help="processes that read images (cores, most 8; 0)")
+    g.add_argument("--workers", type=int, help="to read images (cores, at most 8; built-in set 0)")
     choices, half = ["fp32", "bf16"], "bf16: half the bits in convolutions and products (fp32)"
     g.add_argument("--precision", choices=choices, default="fp32", help=half)
     same = "equal bytes on CUDA too, slower; what cannot be done so is an error"
@@ -1218,9 +1219,9 @@ def replace_folder(new, folder):
 
 
 def start_or_continue(folder, args, names, **inputs):
-    """For a training stage: last.pt of an earlier run of the same settings and inputs, to continue
-    from (None after making an empty folder with args.json), and results.json where that run is
-    finished (else None). Raises BadInput where going on would mix two runs."""
+    """For a training stage, what last.pt and results.json of an earlier run of the same settings
+    and inputs hold: both where it is finished, (last, None) where it can be continued, else (None,
+    None), and an empty folder with args.json. Raises BadInput where two runs would be mixed."""
     check_folder(folder, names)
     results = folder / "results.json"
     begun = results.exists() or any(folder.glob("*.pt"))
@@ -1238,7 +1239,7 @@ def start_or_continue(folder, args, names, **inputs):
         changed += [f"the {key} changed" for key in inputs if before["inputs"][key] != inputs[key]]
     if changed:
         what = f"is of a run with other settings ({'; '.join(changed[:4])})"
-        raise BadInput(f"{folder}/args.json {what}; use another --run or --name, or --overwrite")
+        raise BadInput(f"{folder}/args.json {what}; use another folder or --overwrite")
     if not (folder / "last.pt").exists() and not results.exists():
         return None, None
     last = load_checkpoint(folder / "last.pt")

@@ -71,9 +71,7 @@ def parse_args(argv=None):
     p = common.make_parser(__doc__, NOTES)
     p.add_argument("--name", default="finetune", help="folder in RUN, to keep several (finetune)")
     g = p.add_argument_group("start")
-    g.add_argument(
-        "--kick-in", type=int, metavar="N", help="epoch of ERM to start from (40 of 100)"
-    )
+    g.add_argument("--kick-in", type=int, metavar="N", help="ERM's epoch to start at (40 of 100)")
     g.add_argument("--checkpoint", type=Path, help="start from this checkpoint instead")
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g = p.add_argument_group("method")
@@ -115,11 +113,11 @@ def critical_neurons(model, images, logits, args, counts, epoch):
     """The neurons to mask in this epoch: (criterion, layer, index, score); 'mixed' may list one
     twice. images: the training set without augmentation; logits (N, C) of all of it, by the model
     as it is."""
+    if args.method != "contrastive":
+        return []
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, epoch))
     total, scores, rows = sum(counts.values()), {}, []
     k = max(1, math.ceil(round(args.prune_fraction * total, 6)))
-    if args.method != "contrastive":
-        return []
     if args.criterion == "random":
         drawn = torch.randperm(total, generator=generator)[:k].tolist()
         rows = [("random", layer, i, "") for layer, i in common.locate(drawn, counts)]
@@ -154,9 +152,9 @@ def nt_xent(r, r_p, temperature=0.5):
     scalar, the mean over all 2B features, each once as the anchor (both directions). An image's
     other feature is the positive; the sum in the denominator runs over it and the 2B - 2 features
     of other images, as in SimCLR."""
-    z = F.normalize(torch.cat([r, r_p]), dim=1)
+    z = F.normalize(torch.cat([r, r_p]).float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    with torch.autocast(z.device.type, enabled=False):  # bf16 has 3 digits, too few to be compared
+    with torch.autocast(z.device.type, enabled=False):  # else the products would be of bf16
         similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)  # (2B, 2B)
     positive = torch.arange(len(z), device=z.device).roll(len(r))  # i <-> i + B
     return F.cross_entropy(similarity, positive)
@@ -174,24 +172,22 @@ def supervised_loss(logits, y, loss="mse", reduction="sum"):
 
 def losses(model, x, y, masks, buffers, project, args):
     """The terms whose sum is minimised, {name: scalar}: eq. 2.3, or a control's. x (B, 3, S, S), or
-    (B, 2, 3, S, S) with two views; y (B,). A further term is one more line here."""
-    if args.method == "erm":
-        logits = model(x)
-        softmax_head = args.erm_head == "softmax"
-        return {"cross entropy": F.cross_entropy(logits.softmax(1) if softmax_head else logits, y)}
-    if args.method == "supervised":
-        return {
-            "supervised": args.lam * supervised_loss(model(x), y, args.loss, args.lam_reduction)
-        }
+    (B, 2, 3, S, S) with two views; y (B,). A further term is one more line in front of the end."""
+    terms = {}
     x, x_p = x.unbind(1) if x.dim() == 5 else (x, x)  # x', x''
-    with penultimate(model) if args.features == "projection" else nullcontext() as found:
-        logits = model(x)
-        logits_p = auxiliary(model, x_p, masks, buffers)
-    r, r_p = (project(features) for features in found or (logits, logits_p))
-    return {
-        "contrast": nt_xent(r, r_p, args.temperature),
-        "supervised": args.lam * supervised_loss(logits, y, args.loss, args.lam_reduction),
-    }
+    with penultimate(model) if args.features == "projection" else nullcontext() as features:
+        logits = model(x).float()  # bf16 has 3 digits, too few for what follows
+        if args.method == "contrastive":
+            logits_p = auxiliary(model, x_p, masks, buffers).float()
+            pair = features if args.features == "projection" else (logits, logits_p)
+            terms["contrast"] = nt_xent(*map(project, pair), args.temperature)
+    if args.method == "erm":
+        softmax_head = args.erm_head == "softmax"
+        terms["cross entropy"] = F.cross_entropy(logits.softmax(1) if softmax_head else logits, y)
+    else:
+        error = supervised_loss(logits, y, args.loss, args.lam_reduction)
+        terms["supervised"] = args.lam * error
+    return terms
 
 
 @contextmanager
@@ -250,13 +246,13 @@ def main(args):
     about = {key: start[key] for key in ("arch", "n_classes", "classes", "size", "mean", "std")}
     about |= {"data": {**start["data"], "source": table.source}, "args": common.plain(args)}
     log, best = [], {"epoch": 0, "score": -1.0}
-    pruned, neurons = "epoch,criterion,layer,index,score\n", set()  # pruned.csv, the mask's neurons
+    pruned_csv, neurons = "epoch,criterion,layer,index,score\n", set()  # neurons: of the mask
     if last:
         with common.reading(folder / "last.pt", "use --overwrite"):
             for name, part in {"model": model, **parts}.items():
                 part.load_state_dict(last[name])
             log, best = last["log"], last["best"]
-            pruned, neurons = read_pruned(folder / "pruned.csv", last["pruned"], last["epoch"])
+            pruned_csv, neurons = read_pruned(folder / "pruned.csv", last["pruned"], last["epoch"])
 
     reports, logits = common.evaluate(model, loaders, groups)
     log = log or [{"epoch": 0, **reports}]  # the network as it came from ERM
@@ -266,8 +262,9 @@ def main(args):
         rows = critical_neurons(model, splits["train"], logits["train"], args, counts, epoch)
         before, neurons = neurons, {(layer, index) for _, layer, index, _ in rows}
         masks = common.neuron_masks(model, neurons, args.unit)
-        own = args.aux_bn == "own"
-        buffers = {name: b.clone() for name, b in model.named_buffers()} if own else {}
+        buffers = {}  # BatchNorm's statistics of the auxiliary branch; none: the target's
+        if args.aux_bn == "own":
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         torch.manual_seed(common.seed_of(args.seed, epoch))  # of dropout
         order.epoch = epoch  # order and augmentation follow from (seed, epoch)
         model.train()
@@ -294,10 +291,10 @@ def main(args):
         row |= {"loss": loss, "lr": lr, "seconds": round(time.time() - started, 2)}
         row |= {"pruned": len(neurons), "pruned_before": len(before & neurons)}
         log.append({**row, **reports})
-        pruned += "".join(f"{epoch},{','.join(map(str, neuron))}\n" for neuron in rows)
-        common.write(folder / "pruned.csv", pruned)
+        pruned_csv += "".join(f"{epoch},{','.join(map(str, neuron))}\n" for neuron in rows)
+        common.write(folder / "pruned.csv", pruned_csv)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"log": log, "best": best, "pruned": len(pruned)}
+        state |= {"log": log, "best": best, "pruned": len(pruned_csv)}
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
         common.save_checkpoint(folder / "last.pt", model, **fields, **state)
         common.print_epoch(log[-1], args.epochs)
@@ -331,9 +328,9 @@ def starting_point(args):
         if kick_in:
             common.warn(f"{folder} did not keep epoch {kick_in}, 40 % of its epochs; best.pt it is")
         return folder / "best.pt"
-    kept = [str(int(file.stem[6:])) for file in sorted(folder.glob("epoch_*.pt"))]
-    if kept and not path.exists():
-        kept = f"it kept {', '.join(kept)} (train_erm.py --keep-epochs)"
+    if not path.exists():
+        kept = [str(int(file.stem[6:])) for file in sorted(folder.glob("epoch_*.pt"))]
+        kept = f"it kept {', '.join(kept) or 'none'} (train_erm.py --keep-epochs)"
         raise BadInput(f"--kick-in {kick_in}: {folder} did not keep that epoch; {kept}")
     return path
 

@@ -136,8 +136,9 @@ def main(args):
 def grad_cam(model, x, layer=None, target=None):
     """Grad-CAM of the logit of class `target` (a number, or one per image (B,); default: the
     predicted class) for normalised images x (B, 3, H, W), at the output of module `layer` or, by
-    default, of a timm network's last feature map. Returns maps (B, H, W), not negative and not
-    scaled, and logits (B, C). In eval mode; leaves no hook, no .grad and all modes as they were."""
+    default, of the last feature map, which timm's networks alone tell. Returns maps (B, H, W), not
+    negative, not scaled, and logits (B, C). In eval mode; leaves no hook, no .grad and all modes as
+    they were."""
     activation, gradient, logits = activations(model, x, layer, target)
     weights = gradient.mean((2, 3), keepdim=True)
     maps = (weights * activation).sum(1, keepdim=True).relu()
@@ -152,7 +153,7 @@ def activations(model, x, layer=None, target=None):
     def cut(_, inputs, out):
         if not torch.is_tensor(out) or len(out) != len(x):
             raise ValueError(f"{layer or 'the last feature map'}: not a tensor with all images")
-        torch.set_grad_enabled(True)  # only what follows the layer is recorded
+        torch.set_grad_enabled(True)  # from here on; no_grad, around the pass, ends it
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # what goes on may be overwritten, by an in-place ReLU
 
@@ -187,7 +188,8 @@ def as_grid(model, layer, values):
             last = values.shape[1] != module.normalized_shape[-1]
         return values.permute(0, 3, 1, 2) if last else values
     if values.dim() == 3:
-        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1):  # XCiT's blocks: patches only
+        # The first number of other tokens that leaves a square (XCiT's blocks have patches only)
+        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1):
             patches = values[:, prefix:]
             side = math.isqrt(patches.shape[1])
             if side > 0 and side**2 == patches.shape[1]:

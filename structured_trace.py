@@ -43,13 +43,11 @@ def parse_args(argv=None):
     g.add_argument("--max-per-group", type=int, metavar="N", help=most)
     g = p.add_argument_group("neurons")
     g.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto", help="(auto)")
-    g.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (3)")
+    g.add_argument("--k", type=int, default=3, help="neurons of each layer zeroed, or all (3)")
     sets = "random sets in each layer, whose changes are averaged (5)"
     g.add_argument("--controls", type=int, default=5, help=sets)
     g = p.add_argument_group("run")
-    g.add_argument(
-        "--seed", type=int, default=0, help="of the sample of images and random sets (0)"
-    )
+    g.add_argument("--seed", type=int, default=0, help="of samples and random neurons (0)")
     g.add_argument("--batch-size", type=int, default=128, help="images a pass (128)")
     return p.parse_args(argv)
 
@@ -63,9 +61,6 @@ def main(args):
     common.check_flags(args, "k", "controls", "batch_size", "max_per_group")
     new = common.new_folder(args.run / "structured", args, FILES)
     unit, counts = common.find_neurons(model, args.unit)
-    small = [layer for layer, n in counts.items() if n < args.k]
-    if small:
-        common.warn(f"layers with fewer than {args.k} neurons lose all of them: {', '.join(small)}")
 
     # Neurons of every layer: one set by magnitude, one per group by gradient, some at random
     train = common.open_split(checkpoint, table, "train")

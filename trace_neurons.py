@@ -38,7 +38,7 @@ FIGURES = {
     "random-noise": ["fig05_random_noise.png", "fig12_random_noise_sigmas.png"],
 }
 FEW_NEURONS = 3  # the random modifications and the figures stop there, as in the paper
-FEW_IMAGES = 2  # a loss larger than that of random neurons by no more is no finding, however rare
+FEW_IMAGES = 2  # a loss must exceed the mean loss of random sets by more images than that
 
 NOTES = """In brackets: the default.
 
@@ -50,7 +50,7 @@ NOTES = """In brackets: the default.
 --top-k             all are zeroed; the random modifications and the figures take those up to 3
 --repeats           draws of noise, the same ones for every k, sigma and criterion
 --controls          so many random sets of 3 neurons of all layers, and as many of the same layers
-                    as each critical set; 0: none, else at least 19
+                    as each critical set; 0: none, else at least 39, for their 95 % range
 """
 
 
@@ -86,8 +86,8 @@ def check(args, n_neurons):
             raise common.BadInput(f"--sigma {sigma}: must be positive; noise of 0 does nothing")
     if min(args.top_k) < 1 or max(args.top_k) > n_neurons:
         raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, all neurons")
-    if args.controls and (args.controls < 19 or args.controls > 10**6):
-        raise common.BadInput("--controls: fewer than 19 sets cannot give p <= 0.05; or use 0")
+    if args.controls and not 39 <= args.controls <= 10**6:
+        raise common.BadInput("--controls: fewer than 39 sets have no 95 % range; or use 0")
 
 
 def main(args):
@@ -166,7 +166,7 @@ def main(args):
 
 def plan(args, ranked, split):
     """Every modified model but the controls, as (KEY, variant). Random modifications are most of
-    the work: they are made where a table or a figure shows them."""
+    the work: only those are made that some table or figure shows."""
     planned = []
     for (criterion, by), neurons in ranked.items():
         for k in args.top_k:
@@ -223,7 +223,7 @@ def p_value(observed, null):
 
 
 def middle_95(null):
-    """The range into which a further random set falls in 95 % of cases (from 39 sets on)."""
+    """The range into which a further random set falls in 95 % of cases; needs 39 sets."""
     return np.quantile(null, [0.025, 0.975], method="weibull")
 
 
@@ -248,7 +248,8 @@ def control_test(rows, criterion, groups, args):
             test |= {"mean": float(np.mean(null)), "p": p_value(change(observed[0]), null)}
             low, high = middle_95(null)
             both.append({**test, "low": float(low), "high": float(high)})
-        usual = min(0, both[0]["mean"], both[1]["mean"]) * both[0]["n"] / 100  # images, 0 or less
+        # In images, 0 or less: the kind of random sets that loses more; a gain counts as no loss
+        usual = min(0, both[0]["mean"], both[1]["mean"]) * both[0]["n"] / 100
         rare = both[0]["p"] <= 0.05 and both[1]["p"] <= 0.05
         beats[j] = rare and images < usual - FEW_IMAGES
         tests += both
@@ -309,6 +310,7 @@ def make_tables(rows, groups, args):
     """Tables 3, 11, 13, 14 and the matrix of every group under every set, as dicts of table, line,
     split and, per group, change in points and in images (means over repeats; None: no image)."""
     few, first = [k for k in args.top_k if k <= FEW_NEURONS], args.sigma[:1]
+    # Table, what stands before the line's name, criterion, modification, k, sigma
     plans = [("Table 3", "", "magnitude", "zero", args.top_k, [""])]
     plans += [("Table 11", "", "gradient", "zero", few, [""])]
     plans += [("Table 11", "", "gradient", "random-init", few, args.sigma)]
@@ -355,12 +357,12 @@ def print_tables(results, groups):
         if line["table"] != table:
             table = line["table"]
             note = ": every group under every set, zeroed" if table == "Matrix" else ""
-            print(f"\n{table + note:44s}" + "".join(f"{short(group):>18s}" for group in groups))
+            print(f"\n{table + note:56s}" + "".join(f"{short(group):>18s}" for group in groups))
         cells = []
         for points, images in zip(line["points"], line["images"]):
             cells.append("-" if points is None else f"{points:+.2f} ({images:+.1f})")
         name = line["line"] + (", test" if line["split"] == "test" else "")
-        print(f"{name:44s}" + "".join(f"{cell:>18s}" for cell in cells))
+        print(f"{name:56s}" + "".join(f"{cell:>18s}" for cell in cells))
     print("\nControl: the critical neurons against random ones, zeroed, training images")
     for control in results["control"].values():
         for t in control["tests"]:

@@ -131,7 +131,7 @@ def main(args):
         model.train()
         for x, y, *_ in tqdm(train, f"epoch {epoch}", disable=None, leave=False):
             x, y = common.on_device(model, x, y)
-            logits = model(x)  # (B, C)
+            logits = model(x).float()  # (B, C), of bf16 too
             loss = F.cross_entropy(logits.softmax(1) if args.head == "softmax" else logits, y)
             optimizer.zero_grad()
             loss.backward()

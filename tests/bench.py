@@ -314,7 +314,8 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     print(f"{'our part, held against':58s} {'seconds':>9s} {'limit':>9s} {'ratio':>6s} goal")
-    with tempfile.TemporaryDirectory() as folder:
+    machine = common.machine(gradcam.parse_args([]))  # as in the scripts
+    with machine, tempfile.TemporaryDirectory() as folder:
         table = photographs(Path(folder))
         for section in SECTIONS:
             if section.__name__ in args.only:

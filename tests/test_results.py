@@ -120,7 +120,6 @@ def test_refusals_are_one_line(tmp_path):
 
 
 def test_page_and_numbers_agree():
-    """What --write would write stands there already."""
     path = ROOT / "results" / "README.md"
     records, text = compare.read_store(path.with_name("numbers.jsonl")), path.read_text()
     assert records and compare.with_tables(path, records) == text and "/tmp/" not in text

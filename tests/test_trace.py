@@ -106,7 +106,7 @@ def traced(erm_run, tmp_path_factory, request):
         torch.save({**common.load_checkpoint(checkpoint), **other}, folder / "vit.pt")
         checkpoint = folder / "vit.pt"
     flags = f"--checkpoint {checkpoint} --seed 5"
-    more = "--repeats 2 --controls 19 --sigma 0.3 0.1 --top-k 1 3 5"
+    more = "--repeats 2 --controls 39 --sigma 0.3 0.1 --top-k 1 3 5"
     trace(trace_neurons, folder, f"{flags} {more}")
     trace(structured_trace, folder, flags)
     model, saved, table = common.reopen(checkpoint)
@@ -242,7 +242,7 @@ def test_numbers_by_hand():
 
 SHARED = "--max-per-group 0,--batch-size 0,--device nonsense,--seed -1"
 OWN = "--repeats 0,--sigma inf,--sigma nan 0.01,--sigma 0.01 0,--top-k 0 3,--top-k 3 214"
-OWN += ",--controls 5,--controls -1"
+OWN += ",--controls 38,--controls -1"
 REFUSED = [(trace_neurons, more) for more in f"{SHARED},{OWN}".split(",")]
 REFUSED += [(structured_trace, more) for more in f"{SHARED},--k 0".split(",")]
 

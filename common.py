@@ -866,7 +866,8 @@ def gradient_scores(model, batches, unit="channel"):
     with evaluating(model), torch.enable_grad():
         for x, y, *_ in batches:
             x, y = on_device(model, x, y)
-            loss = F.cross_entropy(functional_call(model, z, (x,)), y, reduction="sum")
+            logits = functional_call(model, z, (x,)).float()
+            loss = F.cross_entropy(logits, y, reduction="sum")
             loss.backward(inputs=list(z.values()))  # adds up over batches
             n += len(y)
     if n == 0:
@@ -888,7 +889,7 @@ def top_neurons(scores, k):
     flat = torch.cat(list(scores.values()))
     if not 1 <= k <= len(flat):
         raise BadInput(f"top {k} of {len(flat)} neurons: expected 1 to {len(flat)}")
-    enough = (flat >= flat.topk(k).values[-1]).nonzero()[:, 0]
+    enough = (flat >= flat.topk(k, sorted=False).values.min()).nonzero()[:, 0]
     best = enough[flat[enough].sort(descending=True, stable=True).indices[:k]]
     return locate(best.tolist(), {layer: len(values) for layer, values in scores.items()})
 

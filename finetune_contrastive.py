@@ -176,7 +176,7 @@ def losses(model, x, y, masks, buffers, project, args):
     terms = {}
     x, x_p = x.unbind(1) if x.dim() == 5 else (x, x)  # x', x''
     with penultimate(model) if args.features == "projection" else nullcontext() as features:
-        logits = model(x).float()  # bf16 has 3 digits, too few for what follows
+        logits = model(x).float()  # (B, C); bf16 has 3 digits, too few for a loss
         if args.method == "contrastive":
             logits_p = auxiliary(model, x_p, masks, buffers).float()
             pair = features if args.features == "projection" else (logits, logits_p)

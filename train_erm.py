@@ -131,7 +131,7 @@ def main(args):
         model.train()
         for x, y, *_ in tqdm(train, f"epoch {epoch}", disable=None, leave=False):
             x, y = common.on_device(model, x, y)
-            logits = model(x).float()  # (B, C), of bf16 too
+            logits = model(x).float()  # (B, C); bf16 has 3 digits, too few for a loss
             loss = F.cross_entropy(logits.softmax(1) if args.head == "softmax" else logits, y)
             optimizer.zero_grad()
             loss.backward()

@@ -1086,10 +1086,10 @@ def machine(args):
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses
-    # glibc gives blocks back to the system after each step, whose pages then cost the next step up
-    # to a fifth of its time. What it calls -3 and -1: up to 32 MB, and of what is free 2 GB, stay
+    # glibc gives memory back after each step, and the next step pays for every page of it anew, up
+    # to a fifth of its time. These make it keep blocks of up to 32 MB, and 2 GB of them
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        for option, most in ((-3, 2**25), (-1, 2**31 - 1)):
+        for option, most in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_ and M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, most)
     half = args.precision == "bf16"
     try:

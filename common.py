@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import ctypes
 import fnmatch
 import functools
 import hashlib
@@ -247,7 +246,7 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
             warn(f"{source}: images per group in train, val, test are {counts}; {official}")
     groups = describe_groups(classes, places, counts[0])
     if min(sizes) < 2:
-        raise BadInput(f"{source}: needs two or more classes and attributes; it has {sizes}")
+        raise BadInput(f"{source}: needs two or more of classes and of attributes; it has {sizes}")
     for name, n in zip(SPLITS, counts):
         empty = ", ".join(group["name"] for group, images in zip(groups, n) if images == 0)
         if sum(n) == 0 or (empty and name == "train"):
@@ -423,11 +422,10 @@ class Images(Dataset):
             raise BadInput(f"{table.root}: {some}; was the archive unpacked completely?")
         self.transform = make_transform(size, augment, drawn=bool(self.built_in))
         # In evaluation the pixels never change: kept where they fit, for all workers together
+        self.fixed = augment == "none" and views == 1
         self.kept, there = None, Path("/dev/shm").exists()
         room = min(4e9, shutil.disk_usage("/dev/shm").free / 2) if there else 0
-        if augment == "none" and self.built_in:
-            self.kept, self.known = draw_split(*self.built_in)[0], torch.ones(len(rows)).bool()
-        elif augment == "none" and len(rows) * 3 * size**2 < room:
+        if self.fixed and not self.built_in and len(rows) * 3 * size**2 < room:
             self.kept = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8).share_memory_()
             self.known = torch.zeros(len(rows)).bool().share_memory_()
 
@@ -440,8 +438,8 @@ class Images(Dataset):
     def __getitems__(self, keys):  # what a DataLoader asks for: a batch is normalised as a whole
         keys = [key if isinstance(key, tuple) else (0, int(key)) for key in keys]
         index = [i for _, i in keys]
-        if self.kept is not None and self.known[index].all():
-            x = self.kept[index]
+        if self.fixed and self.built_in:
+            x = draw_split(*self.built_in)[0][index]
         else:
             with torch.random.fork_rng(devices=[]):
                 x = torch.stack([self.pixels(epoch, i) for epoch, i in keys])
@@ -450,6 +448,8 @@ class Images(Dataset):
 
     def pixels(self, epoch, i):
         """An image before it is normalised, uint8 (3, S, S) or (V, 3, S, S). Seeds torch."""
+        if self.kept is not None and self.known[i]:
+            return self.kept[i]
         if self.built_in:
             picture = draw_split(*self.built_in)[0][i]
         else:
@@ -720,8 +720,8 @@ def print_epoch(row, epochs):
     for split in ("train", "val"):
         told.append(split)
         for group in row[split]["groups"]:
-            percent = f"{100 * group['acc']:5.1f}" if group["n"] else "-"
-            told.append(percent + "*" * group["minority"])
+            star = "*" if group["minority"] else ""
+            told.append(f"{100 * group['acc']:5.1f}{star}" if group["n"] else "-")
     told.append(f"worst {100 * row['val']['acc_worst']:.1f} (group {row['val']['worst_group']})")
     print(f"epoch {row['epoch']}/{epochs} {' '.join(told)} {row['seconds']:.0f} s", flush=True)
 
@@ -1086,11 +1086,6 @@ def machine(args):
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses
-    # glibc gives memory back after each step, and the next step pays for every page of it anew, up
-    # to a fifth of its time. These make it keep blocks of up to 32 MB, and 2 GB of them
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        for option, most in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_ and M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, most)
     half = args.precision == "bf16"
     try:
         device = torch.empty(0, device=args.device).device.type
@@ -1221,8 +1216,8 @@ def replace_folder(new, folder):
 
 def start_or_continue(folder, args, names, **inputs):
     """For a training stage, what last.pt and results.json of an earlier run of the same settings
-    and inputs hold: both where it is finished, (last, None) where it can be continued, else (None,
-    None), and an empty folder with args.json. Raises BadInput where two runs would be mixed."""
+    and inputs hold: both where it is finished, (last, None) where it can be continued, (None, None)
+    where no epoch is. Else an empty folder is made. Raises BadInput where two runs would be mixed."""
     check_folder(folder, names)
     results = folder / "results.json"
     begun = results.exists() or any(folder.glob("*.pt"))
@@ -1242,6 +1237,7 @@ def start_or_continue(folder, args, names, **inputs):
         what = f"is of a run with other settings ({'; '.join(changed[:4])})"
         raise BadInput(f"{folder}/args.json {what}; use another folder or --overwrite")
     if not (folder / "last.pt").exists() and not results.exists():
+        write_json(folder / "args.json", {**before, "args": now})
         return None, None
     last = load_checkpoint(folder / "last.pt")
     if last["epoch"] < now["epochs"]:

@@ -328,8 +328,8 @@ def starting_point(args):
         if kick_in:
             common.warn(f"{folder} did not keep epoch {kick_in}, 40 % of its epochs; best.pt it is")
         return folder / "best.pt"
-    if not path.exists():
-        kept = [str(int(file.stem[6:])) for file in sorted(folder.glob("epoch_*.pt"))]
+    if not path.exists() and (folder / "args.json").exists():
+        kept = [file.stem[6:].lstrip("0") for file in sorted(folder.glob("epoch_*.pt"))]
         kept = f"it kept {', '.join(kept) or 'none'} (train_erm.py --keep-epochs)"
         raise BadInput(f"--kick-in {kick_in}: {folder} did not keep that epoch; {kept}")
     return path

@@ -87,7 +87,7 @@ def check(args, n_neurons):
     if min(args.top_k) < 1 or max(args.top_k) > n_neurons:
         raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, all neurons")
     if args.controls and not 39 <= args.controls <= 10**6:
-        raise common.BadInput("--controls: fewer than 39 sets have no 95 % range; or use 0")
+        raise common.BadInput("--controls: expected 0, or from 39, for a 95 % range, to 1000000")
 
 
 def main(args):

@@ -1216,8 +1216,8 @@ def replace_folder(new, folder):
 
 def start_or_continue(folder, args, names, **inputs):
     """For a training stage, what last.pt and results.json of an earlier run of the same settings
-    and inputs hold: both where it is finished, (last, None) where it can be continued, (None, None)
-    where no epoch is. Else an empty folder is made. Raises BadInput where two runs would be mixed."""
+    and inputs hold: both where it is finished, (last, None) where it can be continued, else (None,
+    None), in a folder with args.json. Raises BadInput where two runs would be mixed."""
     check_folder(folder, names)
     results = folder / "results.json"
     begun = results.exists() or any(folder.glob("*.pt"))

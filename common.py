@@ -421,7 +421,7 @@ class Images(Dataset):
             some = f"{len(missing)} of {len(rows)} {split} images are missing ({missing[0]})"
             raise BadInput(f"{table.root}: {some}; was the archive unpacked completely?")
         self.transform = make_transform(size, augment, drawn=bool(self.built_in))
-        # In evaluation the pixels never change: kept where they fit, for all workers together
+        # In evaluation the pixels are fixed: kept where they fit, for all workers together
         self.fixed = augment == "none" and views == 1
         self.kept, there = None, Path("/dev/shm").exists()
         room = min(4e9, shutil.disk_usage("/dev/shm").free / 2) if there else 0

@@ -80,7 +80,8 @@ def write_celeba(folder, form="txt", images="img_align_celeba", lists=""):
 
 def run_script(*arguments, check=True, cwd=ROOT, **environment):
     """Run a script in a process of its own, without a network; returns the finished process."""
-    settings = {"https_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}  # nobody listens
+    nowhere = "http://127.0.0.1:9"  # nothing listens there
+    settings = {"http_proxy": nowhere, "https_proxy": nowhere, "OMP_NUM_THREADS": "1"}
     settings = {"cwd": cwd, "env": {**os.environ, **settings, **environment}, "timeout": 300}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)

@@ -243,6 +243,7 @@ def test_drawn_birds():
     images, masks = common.draw_split("val", 32, 0.2)
     table = read_table("synthetic")
     y, a = (torch.from_numpy(labels[table.split == 1]) for labels in (table.y, table.a))
+    assert images.shape == (1199, 3, 32, 32) and images.dtype == torch.uint8
     area = masks.float().mean((1, 2))
     assert area[y == 1].mean() > 1.15 * area[y == 0].mean()  # longer body, neck and beak
     outside = images.float().masked_fill(masks[:, None], torch.nan)

@@ -121,6 +121,7 @@ def test_largest_and_smallest():
     assert chosen()[0] == [("magnitude", i) for i in (39, 38, 37, 36)]
     assert chosen(order="smallest")[0] == [("magnitude", i) for i in (0, 1, 2, 3)]
     assert chosen(method="erm")[0] == chosen(method="supervised")[0] == []
+    assert chosen(criterion="none")[0] == []
 
 
 def test_gradient_is_that_of_the_worst_images(monkeypatch):
@@ -174,10 +175,10 @@ def test_a_run_and_its_extension(run, monkeypatch):
         assert row["pruned_before"] == len(now & pruned_of(folder, epoch - 1))
         assert row["loss"] == pytest.approx(sum(row["terms"].values()), abs=1e-6)
     selected = max((1, 2, 3), key=lambda epoch: log[epoch]["val"]["acc_worst"])  # the first one
-    start = {"stage": "finetune", "start": "best.pt", "start_epoch": 2, "selected_epoch": selected}
-    assert results.items() >= start.items()
-    inherited = {"batch_size": 16, "augment": "table1", "seed": 3}
-    assert common.read_json(folder / "args.json")["args"].items() >= inherited.items()
+    inherited = {"stage": "finetune", "start": "best.pt", "start_epoch": 2, "seed": 3}
+    inherited |= {"batch_size": 16, "augment": "table1", "selected_epoch": selected}
+    settings = common.read_json(folder / "args.json")["args"]
+    assert {**settings, **results}.items() >= inherited.items()
     networks = {"before": (run / "erm/best.pt", 0), "splits": (folder / "best.pt", selected)}
     for key, (path, epoch) in {**networks, "last": (folder / "last.pt", 3)}.items():
         model, saved, table = common.reopen(path)

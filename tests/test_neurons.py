@@ -57,6 +57,7 @@ def test_neurons_of_an_architecture(arch, layer, layers, unit, n, capsys):
     assert found == unit and sum(counts.values()) == n
     assert layer in counts and len(counts) == layers  # no head, no normalisation
     assert f"{n} neurons ({unit}s)" in capsys.readouterr().out
+    assert common.find_neurons(model, "channel")[0] == "channel"
 
 
 def test_odd_architectures():

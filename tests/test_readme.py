@@ -89,7 +89,7 @@ def test_every_name_on_the_pages_exists():
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_links(path):
+def test_links_and_tables(path):
     text = path.read_text()
     for file, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
         linked = path.parent / (file or path.name)
@@ -97,6 +97,9 @@ def test_links(path):
         if anchor:
             headings = re.sub(r"[^\w\- \n#]", "", linked.read_text().lower()).replace(" ", "-")
             assert re.search(rf"^#+-{anchor}$", headings, re.MULTILINE), anchor
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        assert len({row.replace("\\|", "").count("|") for row in table.splitlines()}) == 1, table
+    assert not re.findall(r"(?m)^[^|\s].*\n\|.*\n\|---", text), "not drawn as a table"
 
 
 def test_the_page_is_short_and_complete():

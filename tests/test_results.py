@@ -117,9 +117,14 @@ def test_add_replaces_and_bad_files_are_named(tmp_path, monkeypatch, capsys):
 def test_refusals_are_one_line(tmp_path):
     done = run_script(ROOT / "results/compare.py", "no", cwd=tmp_path, check=False)
     assert done.returncode == 2 and done.stderr == "compare.py: error: no: no such folder\n"
+    with pytest.raises(common.BadInput, match="no finished run there"):
+        compare.main(compare.parse_args([str(tmp_path)]))
 
 
 def test_page_and_numbers_agree():
+    """What --write would write stands there already; 47.83 and 69.64 % are whole images."""
     path = ROOT / "results" / "README.md"
     records, text = compare.read_store(path.with_name("numbers.jsonl")), path.read_text()
     assert records and compare.with_tables(path, records) == text and "/tmp/" not in text
+    _, water, land, _ = common.OFFICIAL_COUNTS["waterbirds"][0]  # accuracies of section 2.1
+    assert round(100 * 88 / water, 2) == 47.83 and round(100 * 39 / land, 2) == 69.64

@@ -12,6 +12,11 @@ from common import BadInput, build_model, load_model, save_checkpoint
 HEADS = {"resnet10": 48, "mobilenetv3_small_050.lamb_in1k": 64, "timm/resnet10t.c3_in1k": 64}
 HEADS |= {"tf_efficientnet_lite0": 64, "vit_tiny_patch16_224": 64, "levit_128s": 224}
 HEADS |= {"deit_tiny_distilled_patch16_224": 64}
+UNKNOWN = [("resnet51.nonsense", 224, "resnet51.nonsense: cannot be used .*Unknown model")]
+UNKNOWN += [("vit_tiny_patch16_224", size, f"--size {size}") for size in (8, 10**7)]
+UNKNOWN += [("xcit_nano_12_p8_224", 100, "--size 100")]
+ABOUT = {"arch": "resnet10", "n_classes": 2, "size": 32, "epoch": 7, "args": {}, "metrics": {}}
+ABOUT |= {"classes": ["a", "b"], "mean": [0.5] * 3, "std": [0.2] * 3, "data": {}}
 
 
 @pytest.mark.parametrize("arch,size", HEADS.items())
@@ -96,27 +101,14 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-UNKNOWN = [("resnet51.nonsense", 224, "resnet51.nonsense: cannot be used .*Unknown model")]
-UNKNOWN += [("vit_tiny_patch16_224", size, f"--size {size}") for size in (8, 10**7)]
-UNKNOWN += [("xcit_nano_12_p8_224", 100, "--size 100")]
-
-
 @pytest.mark.parametrize("arch,size,words", UNKNOWN)
 def test_what_cannot_be_built(arch, size, words):
     with pytest.raises(BadInput, match=words):
         build_model(arch, 2, size)
 
 
-ABOUT = {"arch": "resnet10", "n_classes": 2, "size": 32, "epoch": 7, "args": {}, "metrics": {}}
-ABOUT |= {"classes": ["a", "b"], "mean": [0.5] * 3, "std": [0.2] * 3, "data": {}}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("resnet10", 2, 32)
-
-
-def test_round_trip(tmp_path, model):
+def test_round_trip(tmp_path):
+    model = build_model("resnet10", 2, 32)
     save_checkpoint(tmp_path / "a.pt", model, **ABOUT)
     again, checkpoint = load_model(tmp_path / "a.pt")
     assert checkpoint["epoch"] == 7 and not again.training
@@ -130,8 +122,8 @@ ODD = [{"size": "32"}, {"args": None}, {"mean": [0.5, 0.5]}, {"std": ["a", "b", 
 ODD += [{"arch": "resnet18"}, {"n_classes": 3}]
 
 
-def test_damaged_foreign_and_odd_checkpoints(tmp_path, model):
-    path = tmp_path / "a.pt"
+def test_damaged_foreign_and_odd_checkpoints(tmp_path):
+    path, model = tmp_path / "a.pt", build_model("resnet10", 2, 32)
     torch.save({"weight": torch.zeros(2)}, path)
     bad = [path.read_bytes()]
     for change in [*ODD, {}]:

@@ -1,7 +1,7 @@
 """What the scripts share: data, models and checkpoints, evaluation, neurons and masks, runs.
 
-Plain functions on tensors, in the order in which data flows. Nothing runs at import, so a function
-taken together with this one file survives being copied elsewhere.
+Plain functions on tensors, in the order in which data flows. Nothing runs at import, and the file
+needs no other of this project: copy it and call what you need.
 Sections, equations, tables and figures named here are those of the paper, "Uncovering Memorization
 Effect in the Presence of Spurious Correlations" (You, Dai, Min et al.).
 """
@@ -201,8 +201,8 @@ def read_columns(path, *wanted):
     for names in wanted:
         found = [header.index(name) for name in names.lower().split("|") if name in header]
         if not found:
-            needed = f"no column {names} in the header {','.join(header)[:120]}"
-            raise BadInput(f"{path}: {needed}; a header of img_filename,y,place,split is expected")
+            missing = f"no column {names} in the header {','.join(header)[:120]}"
+            raise BadInput(f"{path}: {missing}; needed are {', '.join(wanted)}")
         columns.append([row[found[0]].strip() for row in rows])
     return columns
 
@@ -259,8 +259,8 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
         if twice:
             warn(f"{source}: {twice} images stand in more than one {what}")
     folder = Path(folder).absolute()
-    places = [folder / name for name in IMAGE_FOLDERS] + [Path.cwd()]
-    root = next((place for place in places if (place / files[0]).is_file()), folder)
+    roots = [folder / name for name in IMAGE_FOLDERS] + [Path.cwd()]
+    root = next((path for path in roots if (path / files[0]).is_file()), folder)
     return Table(str(source), root, files, y, a, g, split, classes, groups)
 
 
@@ -289,14 +289,6 @@ def synthetic_table():
 # Body, neck, beak and head of a drawn bird, in its own units: what lies in the middle of the two
 # classes, and half their distance. Waterbirds have longer bodies, necks and beaks
 PARTS = torch.tensor([[1.6, 1.02, 0.92, 0.4], [0.2, 0.48, 0.3, -0.04]])
-
-
-def draw_parts(y, generator, difficulty=0.2):
-    """Sizes (N, 4) of the parts of birds of classes y (N,), 0 landbird or 1 waterbird; difficulty
-    is their spread within a class, in units of half the distance between the classes."""
-    sign = 2.0 * y[:, None] - 1
-    spread = difficulty * torch.randn(len(y), 4, generator=generator)
-    return PARTS[0] + PARTS[1] * (sign + spread).clamp(-2, 2)
 
 
 def draw_birds(parts, a, generator, size=48):
@@ -353,15 +345,17 @@ def draw_birds(parts, a, generator, size=48):
 
 @functools.lru_cache
 def draw_split(split, size, difficulty):
-    """All images and masks of a split of the built-in set, once a process: see draw_birds."""
+    """All images and masks of a split of the built-in set, once a process: see draw_birds.
+    difficulty: spread of parts within a class, in units of half the distance of the classes."""
     table, generator = synthetic_table(), torch.Generator().manual_seed(SPLITS.index(split))
     rows = np.flatnonzero(table.split == SPLITS.index(split))
     drawn = []
-    for some in np.split(rows, range(100, len(rows), 100)):  # what fits into the cache
+    for some in np.split(rows, range(100, len(rows), 100)):  # what fits into a CPU's cache
         y, a = torch.from_numpy(table.y[some]), torch.from_numpy(table.a[some])
-        drawn.append(draw_birds(draw_parts(y, generator, difficulty), a, generator, size)[:2])
-    images, masks = map(torch.cat, zip(*drawn))
-    return images, masks
+        spread = difficulty * torch.randn(len(y), 4, generator=generator)
+        parts = PARTS[0] + PARTS[1] * (2.0 * y[:, None] - 1 + spread).clamp(-2, 2)
+        drawn.append(draw_birds(parts, a, generator, size)[:2])
+    return [torch.cat(some) for some in zip(*drawn)]
 
 
 def read_image(path):
@@ -489,12 +483,12 @@ def make_loader(images, batch_size=128, workers=0, order=None):
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.accelerator.is_available(),
-        worker_init_fn=_leave_words_to_the_script,
+        worker_init_fn=_quiet_worker,
         generator=torch.Generator(),  # its own: else it would draw from the one that dropout uses
     )
 
 
-def _leave_words_to_the_script(_):  # of signals, and of what breaks where a worker is killed
+def _quiet_worker(_):  # the script alone reports signals and killed workers
     sys.excepthook = lambda *_: None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in STOP_SIGNALS[1:]:
@@ -527,16 +521,16 @@ def build_model(arch, n_classes, size, weights="none"):
             options["img_size"] = size
         try:
             model = timm.create_model(name, **options).eval()
-        except OSError as error:  # those of the hub are
+        except OSError as error:  # what the hub raises
             hub = getattr(config, "hf_hub_id", None) or name
             fetch = f"bring model.safetensors of {hub} and give it as --weights FILE, or none"
             raise BadInput(f"--weights default: {name} cannot be fetched; {fetch}") from error
-        for head in head_names(model):  # some of timm's own take epochs to recover from their start
+        for head in head_names(model):  # timm starts some where it takes epochs to recover
             model.get_submodule(head).reset_parameters()
         with torch.inference_mode():
             logits = model(torch.zeros(2, 3, size, size))
         if not torch.is_tensor(logits) or logits.shape != (2, n_classes):
-            raise ValueError("what it gives for two images are no logits")
+            raise ValueError("two images do not give logits of shape (2, n_classes)")
     if weights not in ("default", "none"):
         load_body(model, weights)
     return model
@@ -593,7 +587,7 @@ def load_checkpoint(path):
     foreign."""
     with reading(path, "train_erm.py and finetune_contrastive.py make such checkpoints"):
         checkpoint = load_tensors(path)
-        torch.tensor([checkpoint["mean"], checkpoint["std"]]).view(2, 3)  # raises if they are not
+        torch.tensor([checkpoint["mean"], checkpoint["std"]]).view(2, 3)  # raises unless of 3
         kinds = {"arch": str, "n_classes": int, "size": int, "epoch": int, "data": dict}
         for key, kind in {**kinds, "args": dict, "classes": list}.items():
             if not isinstance(checkpoint[key], kind):
@@ -629,11 +623,11 @@ def reopen(path, data=None, device="cpu"):
     return model, checkpoint, table
 
 
-def open_split(checkpoint, table, name, augment="none", **views):
-    """A split as the network of a checkpoint takes it; views: see Images."""
+def open_split(checkpoint, table, name, augment="none", **options):
+    """A split as the network of a checkpoint takes it; options: views and seed of Images."""
     size, mean, std = (checkpoint[key] for key in ("size", "mean", "std"))
     difficulty = checkpoint["data"]["difficulty"]
-    return Images(table, name, size, mean, std, augment, difficulty, **views)
+    return Images(table, name, size, mean, std, augment, difficulty, **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -832,9 +826,8 @@ def find_neurons(model, unit="auto"):
     """The unit, 'channel' or 'weight' (auto: channel in convolutional networks, weight in
     transformers), and how many neurons each layer has, {layer: n}; prints both."""
     layers = prunable_layers(model)
-    convolutional = next(iter(layers.values())).dim() > 2
-    if unit == "auto":
-        unit = "channel" if convolutional else "weight"
+    if unit == "auto":  # weights of convolutions alone have more than two dimensions
+        unit = "channel" if next(iter(layers.values())).dim() > 2 else "weight"
     counts = {name: len(w) if unit == "channel" else w.numel() for name, w in layers.items()}
     share = sum(w.numel() for w in layers.values()) / sum(p.numel() for p in model.parameters())
     total = f"{sum(counts.values())} neurons ({unit}s) in {len(layers)} layers"
@@ -977,7 +970,7 @@ class _Tracer(torch.fx.Tracer):
 
 
 def trace_graph(model, x):
-    """The network as a torch.fx graph, or None, said once, where that does not do the same."""
+    """The network as a torch.fx graph; None, with a warning, where that gives other logits."""
     with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
         traced = torch.fx.GraphModule(model, _Tracer().trace(model))
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
@@ -1004,12 +997,11 @@ def accuracy_under(model, batches, variants, unit="channel"):
     """Accuracy of many modified models over batches (x, y, g, ...): for every variant {group:
     counts of images, named by COUNTS}. Cheapest where a batch holds few groups; memory does not
     grow with the number of variants."""
-    counts, traced = [{} for _ in variants], "not yet"
+    counts, traced = [{} for _ in variants], None
     with evaluating(model), torch.inference_mode():
-        for x, y, g, *_ in tqdm(batches, "trace", disable=None, leave=False):
+        for n, (x, y, g, *_) in enumerate(tqdm(batches, "trace", disable=None, leave=False)):
             x, y, g = on_device(model, x, y, g)
-            if traced == "not yet":
-                traced = trace_graph(model, x[:2])
+            traced = traced if n else trace_graph(model, x[:2])
             for j in g.unique().tolist():
                 asked = [i for i, v in enumerate(variants) if v.groups is None or j in v.groups]
                 some = [variants[i] for i in asked]
@@ -1019,8 +1011,8 @@ def accuracy_under(model, batches, variants, unit="channel"):
                     after = logits.argmax(1) == y[g == j]
                     row = counts[i].setdefault(j, dict.fromkeys(COUNTS, 0))
                     images = (before | ~before, before, after, before & ~after, ~before & after)
-                    for key, n in zip(COUNTS, torch.stack(images).sum(1).tolist()):
-                        row[key] += n
+                    for key, number in zip(COUNTS, torch.stack(images).sum(1).tolist()):
+                        row[key] += number
     return counts
 
 
@@ -1059,9 +1051,9 @@ def make_parser(description, notes):
     device = torch.accelerator.current_accelerator().type if there else "cpu"
     g.add_argument("--device", default=device, help="cpu, cuda, mps, xpu (%(default)s)")
     g.add_argument("--workers", type=int, help="to read images (cores, at most 8; built-in set 0)")
-    choices, half = ["fp32", "bf16"], "bf16: half the bits in convolutions and products (fp32)"
+    choices, half = ["fp32", "bf16"], "bf16: 16 bits in convolutions and matrix products (fp32)"
     g.add_argument("--precision", choices=choices, default="fp32", help=half)
-    same = "equal bytes on CUDA too, slower; what cannot be done so is an error"
+    same = "same bytes again on CUDA too; slower, an error where impossible"
     g.add_argument("--deterministic", action="store_true", help=same)
     return p
 
@@ -1081,8 +1073,8 @@ def check_flags(args, *positive):
 
 
 def machine(args):
-    """The context in which a stage runs, as its flags of that group say: torch.autocast for bf16,
-    without its cache, as weights change inside. Raises BadInput if --device is not there."""
+    """The context for a stage's main(), from its machine flags: torch.autocast, on for bf16, with
+    no cache, as weights change inside. Raises BadInput if --device is not there."""
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses
@@ -1167,8 +1159,8 @@ def _beside(folder, what):
 
 
 def check_folder(folder, names):
-    """Raises BadInput if a stage's folder, which it may empty, holds anything but files of the
-    `names` (patterns) that this stage writes. First mends what a kill left in the middle."""
+    """Raises BadInput if a stage's folder holds anything but what this stage writes (`names`, file
+    patterns), as it may be emptied. Before that, undoes what a kill left half-done."""
     old = _beside(folder, "old")
     if old.exists() and not folder.exists():
         old.rename(os.path.realpath(folder))
@@ -1215,9 +1207,9 @@ def replace_folder(new, folder):
 
 
 def start_or_continue(folder, args, names, **inputs):
-    """For a training stage, what last.pt and results.json of an earlier run of the same settings
-    and inputs hold: both where it is finished, (last, None) where it can be continued, else (None,
-    None), in a folder with args.json. Raises BadInput where two runs would be mixed."""
+    """(last, results) of a training stage, what last.pt and results.json hold: both if the run is
+    finished, (last, None) if it can go on, (None, None) if it starts, in a folder with
+    args.json. Raises BadInput if settings or inputs differ from those of the run in the folder."""
     check_folder(folder, names)
     results = folder / "results.json"
     begun = results.exists() or any(folder.glob("*.pt"))
@@ -1236,11 +1228,10 @@ def start_or_continue(folder, args, names, **inputs):
     if changed:
         what = f"is of a run with other settings ({'; '.join(changed[:4])})"
         raise BadInput(f"{folder}/args.json {what}; use another folder or --overwrite")
-    if not (folder / "last.pt").exists() and not results.exists():
-        write_json(folder / "args.json", {**before, "args": now})
-        return None, None
-    last = load_checkpoint(folder / "last.pt")
-    if last["epoch"] < now["epochs"]:
+    last = None  # after a kill in the first epoch
+    if (folder / "last.pt").exists() or results.exists():
+        last = load_checkpoint(folder / "last.pt")
+    if last is None or last["epoch"] < now["epochs"]:
         results.unlink(missing_ok=True)
         write_json(folder / "args.json", {**before, "args": now})
     if not results.exists():

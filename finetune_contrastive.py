@@ -117,7 +117,7 @@ def critical_neurons(model, images, logits, args, counts, epoch):
         return []
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, epoch))
     total, scores, rows = sum(counts.values()), {}, []
-    k = max(1, math.ceil(round(args.prune_fraction * total, 6)))
+    k = max(1, math.ceil(round(args.prune_fraction * total, 6)))  # 0.07 * 100 is a hair above 7
     if args.criterion == "random":
         drawn = torch.randperm(total, generator=generator)[:k].tolist()
         rows = [("random", layer, i, "") for layer, i in common.locate(drawn, counts)]
@@ -252,7 +252,7 @@ def main(args):
             for name, part in {"model": model, **parts}.items():
                 part.load_state_dict(last[name])
             log, best = last["log"], last["best"]
-            pruned_csv, neurons = read_pruned(folder / "pruned.csv", last["pruned"], last["epoch"])
+            pruned_csv, neurons = last["pruned"], set(last["neurons"])
 
     reports, logits = common.evaluate(model, loaders, groups)
     log = log or [{"epoch": 0, **reports}]  # the network as it came from ERM
@@ -294,7 +294,7 @@ def main(args):
         pruned_csv += "".join(f"{epoch},{','.join(map(str, neuron))}\n" for neuron in rows)
         common.write(folder / "pruned.csv", pruned_csv)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"log": log, "best": best, "pruned": len(pruned_csv)}
+        state |= {"log": log, "best": best, "pruned": pruned_csv, "neurons": sorted(neurons)}
         common.write(folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in log))
         common.save_checkpoint(folder / "last.pt", model, **fields, **state)
         common.print_epoch(log[-1], args.epochs)
@@ -326,7 +326,7 @@ def starting_point(args):
     path = folder / f"epoch_{kick_in or 0:03d}.pt"
     if args.kick_in is None and not path.exists():
         if kick_in:
-            common.warn(f"{folder} did not keep epoch {kick_in}, 40 % of its epochs; best.pt it is")
+            common.warn(f"{folder} did not keep epoch {kick_in}, 40 % of its epochs; using best.pt")
         return folder / "best.pt"
     if not path.exists() and (folder / "args.json").exists():
         kept = [file.stem[6:].lstrip("0") for file in sorted(folder.glob("epoch_*.pt"))]
@@ -340,7 +340,7 @@ def resolve(args, start, table):
     erm, defaults = start["args"], {"epochs": 5 if table.source == "synthetic" else 20}
     with common.reading(args.checkpoint, "it was not written by a training stage"):
         defaults |= {key: erm[key] for key in ("batch_size", "augment", "seed")}
-        args.erm_head = erm.get("head") or erm["erm_head"]
+        args.erm_head = erm.get("head") or erm["erm_head"]  # the latter: of a fine-tuned one
     common.fill_defaults(args, table, **defaults)
     common.check_flags(args, "epochs", "batch_size", "lr", "temperature")
     if not 0 < args.prune_fraction < 1:
@@ -355,15 +355,6 @@ def resolve(args, start, table):
         raise BadInput("--gradient-source minority: no group of these data is one; use train")
     if args.checkpoint.resolve().parent == (args.run / args.name).resolve():
         raise BadInput(f"{args.checkpoint} lies in the folder to be filled; choose another --name")
-
-
-def read_pruned(path, length, epoch):
-    """The text of pruned.csv without what an interrupted epoch left, and the neurons of `epoch`."""
-    text = path.read_text()[:length]
-    if len(text) < length:
-        raise EOFError(f"{path.name} is cut off")
-    rows = [line.split(",") for line in text.splitlines() if line.startswith(f"{epoch},")]
-    return text, {(layer, int(index)) for _, _, layer, index, _ in rows}
 
 
 def print_table(results, groups):

@@ -7,7 +7,7 @@
 Paper: section 2.2.4, Figure 10. For some test images of the minority groups: the image and the maps
 of the ERM network and of the fine-tuned one. Where masks of the object exist, also over the whole
 test split and per group: the share of a map's mass inside the object and the pointing game, beside
-two controls, the network before with a new head and a centred Gaussian. Writes RUN/gradcam/ (as a
+two controls: ERM's network with an untrained head, a centred Gaussian. Writes RUN/gradcam/ (as a
 whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv.
 """
 
@@ -109,6 +109,7 @@ def main(args):
         if without:
             common.warn(f"{without} of {len(test)} images have no mask, or an empty one")
         rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
+        common.write_csv(new / "focus.csv", rows)
         print_focus(rows)
     else:
         print("nothing measured: no object masks (--masks DIR)")
@@ -119,8 +120,6 @@ def main(args):
     heading = f"Grad-CAM of {layer or 'the last feature map'}, {explained}"
     path = new / "fig10_gradcam.png"
     plot_images(pictures, shown, drawn, shapes, classes, heading, path)
-    if rows:
-        common.write_csv(new / "focus.csv", rows)
     results = {"stage": "gradcam", "source": table.source, "arch": checkpoint["arch"]}
     results |= {"before": str(args.before), "after": dict(zip(after, map(str, args.after)))}
     results |= {"layer": layer, "grid": grid, "target": args.target, "classes": classes}
@@ -205,8 +204,8 @@ def is_empty(maps):
 
 
 def random_head(model, seed=0):
-    """A copy of the model whose head is as before training: what follows from it alone is what the
-    map of the trained network is worth."""
+    """A copy of the model with an untrained head, a control: if its maps lie on objects as well,
+    those of the trained network say nothing about what its head has learned."""
     model = copy.deepcopy(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

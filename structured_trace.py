@@ -3,10 +3,10 @@
     python structured_trace.py                                  # the run of train_erm.py
     python structured_trace.py --run runs/wb0 --max-per-group 200
 
-Paper: section 2.1.2, Figure 7. In every layer in turn the k neurons with the largest gradient (of
-each group its own) or magnitude are zeroed, and the change of every group's training accuracy is
-recorded, signed, in percentage points. Beside them random neurons of the layer, a control that the
-paper lacks. Reads RUN/erm/best.pt and its data; writes RUN/structured/ (as a whole): args.json,
+Paper: section 2.1.2, Figure 7. In one layer after the other the k neurons of largest magnitude or,
+for each group, of largest gradient are zeroed, and the change of the group's training accuracy is
+recorded, signed, in percentage points. Random neurons of the layer are a control that the paper
+lacks. Reads RUN/erm/best.pt and its data; writes RUN/structured/ (as a whole): args.json,
 layers.csv, fig07_layers.png, results.json.
 """
 
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     g.add_argument("--max-per-group", type=int, metavar="N", help=most)
     g = p.add_argument_group("neurons")
     g.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto", help="(auto)")
-    g.add_argument("--k", type=int, default=3, help="neurons of each layer zeroed, or all (3)")
+    g.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (3)")
     sets = "random sets in each layer, whose changes are averaged (5)"
     g.add_argument("--controls", type=int, default=5, help=sets)
     g = p.add_argument_group("run")

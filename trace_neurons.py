@@ -38,7 +38,7 @@ FIGURES = {
     "random-noise": ["fig05_random_noise.png", "fig12_random_noise_sigmas.png"],
 }
 FEW_NEURONS = 3  # the random modifications and the figures stop there, as in the paper
-FEW_IMAGES = 2  # a loss must exceed the mean loss of random sets by more images than that
+FEW_IMAGES = 2  # critical neurons must cost over so many images more than random ones' mean
 
 NOTES = """In brackets: the default.
 
@@ -85,9 +85,9 @@ def check(args, n_neurons):
         if not 0 < sigma < math.inf:
             raise common.BadInput(f"--sigma {sigma}: must be positive; noise of 0 does nothing")
     if min(args.top_k) < 1 or max(args.top_k) > n_neurons:
-        raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, all neurons")
+        raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, their number")
     if args.controls and not 39 <= args.controls <= 10**6:
-        raise common.BadInput("--controls: expected 0, or from 39, for a 95 % range, to 1000000")
+        raise common.BadInput("--controls: expected 0, or 39 (for a 95 % range) to 1000000")
 
 
 def main(args):
@@ -229,9 +229,9 @@ def middle_95(null):
 
 def control_test(rows, criterion, groups, args):
     """Do the critical neurons of a criterion lower a minority group's training accuracy more than
-    random ones? Yes where of either kind of random sets at most 5 % lower it as much, AND the loss
-    is more than FEW_IMAGES larger than the mean loss of random sets: p says how rare a loss is, not
-    how large. Returns {"beats": {group: bool}, "tests": a list of dicts, "sentence"}."""
+    random ones? Yes if at most 5 % of the random sets of each kind lower it as much (p), AND it
+    loses over FEW_IMAGES more images than under random sets on average: a small p means rare, not
+    large. Returns {"beats": {group: bool}, "tests": a list of dicts, "sentence"}."""
     tests, beats = [], {}
     zeroed = {"criterion": criterion, "modification": "zero", "k": FEW_NEURONS, "split": "train"}
     for j in [group["group"] for group in groups if group["minority"]]:
@@ -248,7 +248,7 @@ def control_test(rows, criterion, groups, args):
             test |= {"mean": float(np.mean(null)), "p": p_value(change(observed[0]), null)}
             low, high = middle_95(null)
             both.append({**test, "low": float(low), "high": float(high)})
-        # In images, 0 or less: the kind of random sets that loses more; a gain counts as no loss
+        # Mean change in images under the kind of random sets that costs more; a gain counts as 0
         usual = min(0, both[0]["mean"], both[1]["mean"]) * both[0]["n"] / 100
         rare = both[0]["p"] <= 0.05 and both[1]["p"] <= 0.05
         beats[j] = rare and images < usual - FEW_IMAGES

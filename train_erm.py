@@ -41,11 +41,11 @@ built-in set.
 --weights  'default': those published with the network, for resnet50 IMAGENET1K_V2, for the built-in
            set and resnet10 learned from drawn birds of all kinds; 'none': random ones; or a file,
            .pth or .safetensors, of which all but the head is taken
---augment  the paper's Table 1; its first two rows, which are all that the released code uses;
-           none
---head     cross entropy of logits or, as in the released code, of softmax outputs
---select   best.pt is the epoch with the highest validation worst-group accuracy (the first of
-           equals), the one with the highest validation mean, or the last
+--augment  table1: the paper's Table 1; crop-flip: its first two rows, which are all that the
+           released code uses
+--head     cross entropy of logits (linear) or, as the released code has it, of softmax outputs
+--select   best.pt is the epoch of the highest validation worst-group accuracy (val-wga; the first
+           of equals), of the highest validation mean (val-mean), or the last
 """
 
 
@@ -184,15 +184,15 @@ def birds_weights(size, steps=750):
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):  # a second process waits
         if not path.exists():
-            print("first, once: learning what birds look like, two minutes", flush=True)
+            print("once only: pretraining on drawn birds, one or two minutes", flush=True)
             common.save_checkpoint(path, learn_birds(size, steps))
     return path
 
 
 @torch.autocast("cpu", enabled=False)  # the same weights for every --precision
 def learn_birds(size, steps, batch_size=128):
-    """A resnet10 that has learned, from drawn birds with parts of any size, in any pose and place,
-    to tell these numbers. No class, group or image of the built-in set is used."""
+    """A resnet10 that has learned to predict part sizes, pose and place (land or water) of drawn
+    birds whose parts have any size. It sees no class, group or image of the built-in set."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = common.build_model("resnet10", 14, size).to(memory_format=torch.channels_last).train()

@@ -33,7 +33,6 @@ CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterio
 # Arguments that say where things lie, or leave the numbers alone
 PLACES = {"run", "name", "data", "checkpoint", "kick_in", "before", "after", "masks"}
 PLACES |= {"seed", "device", "workers", "deterministic", "overwrite", "keep_epochs"}
-PLACES |= {"modifications", "groups", "images"}  # flags of earlier versions
 
 
 def parse_args(argv=None):
@@ -138,11 +137,11 @@ def make_record(path):
         weights = about["inputs"]["start"]  # their fingerprint
         record["start"] = [result["start"], result["start_epoch"], weights]
     for split, report in reports.items():
-        groups, short = report["groups"], {key: report[key] for key in common.MEANS}
+        groups, kept = report["groups"], {key: report[key] for key in common.MEANS}
         record["groups"] = [f"{common.short(group)} {group['name']}" for group in groups]
-        short["n"] = [group["n"] for group in groups]
-        short["correct"] = [group["correct"] for group in groups]
-        record["reports"][split] = short
+        kept["n"] = [group["n"] for group in groups]
+        kept["correct"] = [group["correct"] for group in groups]
+        record["reports"][split] = kept
     for line, column, values in cells_of(result):
         record["lines"].setdefault(line, {})[column] = [round(value, 3) for value in values]
     return record

@@ -61,7 +61,6 @@ for s in 0 1 2 3 4; do
   echo "python finetune_contrastive.py $run --epochs 5"
   echo "python finetune_contrastive.py $run --epochs 5 --name gradient --criterion gradient"
   echo "python finetune_contrastive.py $run --epochs 5 --name erm-continued --method erm"
-  echo "python finetune_contrastive.py $run --epochs 5 --name none --criterion none"
   echo "python finetune_contrastive.py $run --epochs 5 --name random --criterion random"
   echo "python trace_neurons.py $run --max-per-group 100 --sigma 0.01"
   echo "python structured_trace.py $run --max-per-group 50 --controls 2"

@@ -230,7 +230,7 @@ def main(args):
         splits[name] = common.open_split(start, table, name)
         loaders[name] = common.make_loader(splits[name], args.batch_size, args.workers)
     test = {"test": loaders.pop("test")}  # for the end
-    args.unit, counts = common.find_neurons(model, args.unit)
+    args.unit, counts = common.count_neurons(model, args.unit)
     inputs = {"data": table.fingerprint(), "start": common.fingerprint_of(model)}
     last, finished = common.start_or_continue(folder, args, FILES, **inputs)
     if finished is not None:

@@ -60,7 +60,7 @@ def main(args):
     common.fill_defaults(args, table, max_per_group=most)
     common.check_flags(args, "k", "controls", "batch_size", "max_per_group")
     new = common.new_folder(args.run / "structured", args, FILES)
-    unit, counts = common.find_neurons(model, args.unit)
+    unit, counts = common.count_neurons(model, args.unit)
 
     # Neurons of every layer: one set by magnitude, one per group by gradient, some at random
     train = common.open_split(checkpoint, table, "train")

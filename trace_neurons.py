@@ -96,7 +96,7 @@ def main(args):
     model, checkpoint, table = common.reopen(args.checkpoint, args.data, args.device)
     groups, most = table.groups, 100 if table.source == "synthetic" else None
     common.fill_defaults(args, table, max_per_group=most)
-    unit, counts = common.find_neurons(model, args.unit)
+    unit, counts = common.count_neurons(model, args.unit)
     check(args, sum(counts.values()))
     new = common.new_folder(args.run / "trace", args, FILES)
     minority = [group["group"] for group in groups if group["minority"]]

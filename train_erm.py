@@ -9,8 +9,6 @@ best.pt, last.pt, epoch_NNN.pt (NNN: epochs finished), fig01_group_accuracy.png,
 results.json. The same command again continues an interrupted run; a larger --epochs extends it.
 """
 
-import hashlib
-import inspect
 import json
 import math
 import signal
@@ -20,7 +18,6 @@ from pathlib import Path
 if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import filelock
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -38,9 +35,9 @@ SYNTHETIC |= {"batch_size": 128, "augment": "crop-flip", "keep_epochs": [5, 10, 
 NOTES = """In brackets: the default, which is the paper's, and behind a semicolon that of the
 built-in set.
 
---weights  'default': those published with the network, for resnet50 IMAGENET1K_V2, for the built-in
-           set and resnet10 learned from drawn birds of all kinds; 'none': random ones; or a file,
-           .pth or .safetensors, of which all but the head is taken
+--weights  'default': those published with the network, for resnet50 IMAGENET1K_V2, for resnet10
+           learned from drawn birds of all kinds (results/birds.py); 'none': random ones; or a
+           file, .pth or .safetensors, of which all but the head is taken
 --augment  table1: the paper's Table 1; crop-flip: its first two rows, which are all that the
            released code uses
 --head     cross entropy of logits (linear) or, as the released code has it, of softmax outputs
@@ -90,12 +87,10 @@ def main(args):
         args.weights = str(Path(args.weights).resolve())
 
     # Everything that can be refused is looked at before the folder is touched
-    folder, weights = args.run / "erm", args.weights
+    folder = args.run / "erm"
     common.check_folder(folder, FILES)
-    if (table.source, args.arch, weights) == ("synthetic", "resnet10", "default"):
-        weights = birds_weights(args.size)
     torch.manual_seed(args.seed)  # of the head
-    model = common.build_model(args.arch, len(table.classes), args.size, weights)
+    model = common.build_model(args.arch, len(table.classes), args.size, args.weights)
     about = describe(args, table, model)
     images = common.open_split(about, table, "train", args.augment, seed=args.seed)
     order = common.EpochOrder(len(images), args.batch_size, args.seed)
@@ -173,45 +168,6 @@ def main(args):
     common.write_json(folder / "results.json", results)
     print_table(results, table.groups)
     print(f"wrote {folder}/")
-
-
-def birds_weights(size, steps=750):
-    """What stands for ImageNet's weights where the data are the built-in set: the file of a network
-    from learn_birds, which is made once and kept beside the weights that torch downloads."""
-    source = inspect.getsource(common.draw_birds) + inspect.getsource(learn_birds)
-    digest = hashlib.sha256(f"{common.PARTS} {source} {steps}".encode()).hexdigest()[:8]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"resnet10_birds_{size}_{digest}.pth"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):  # a second process waits
-        if not path.exists():
-            print("once only: pretraining on drawn birds, one or two minutes", flush=True)
-            common.save_checkpoint(path, learn_birds(size, steps))
-    return path
-
-
-@torch.autocast("cpu", enabled=False)  # the same weights for every --precision
-def learn_birds(size, steps, batch_size=128):
-    """A resnet10 that has learned to predict part sizes, pose and place (land or water) of drawn
-    birds whose parts have any size. It sees no class, group or image of the built-in set."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = common.build_model("resnet10", 14, size).to(memory_format=torch.channels_last).train()
-    mean, std = (model.pretrained_cfg[key] for key in ("mean", "std"))
-    optimizer = torch.optim.Adam(model.parameters())
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in tqdm(range(steps), "birds", disable=None, leave=False):
-        a = torch.randint(2, (batch_size,), generator=generator)
-        any_size = 4 * torch.rand(batch_size, 4, generator=generator) - 2
-        parts = common.PARTS[0] + common.PARTS[1] * any_size
-        x, _, pose = common.draw_birds(parts, a, generator, size)
-        numbers = torch.cat([parts, pose, a[:, None]], 1)  # (B, 14)
-        numbers = (numbers - numbers.mean(0)) / numbers.std(0)
-        loss = F.mse_loss(model(common.normalise(x, mean, std)), numbers)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    return model
 
 
 def describe(args, table, model):

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import common
 from common import BadInput, build_model, load_model, save_checkpoint
+from results import birds
 
 HEADS = {"resnet10": 48, "mobilenetv3_small_050.lamb_in1k": 64, "timm/resnet10t.c3_in1k": 64}
 HEADS |= {"tf_efficientnet_lite0": 64, "vit_tiny_patch16_224": 64, "levit_128s": 224}
@@ -44,6 +45,22 @@ def test_resnet50_is_torchvisions(tmp_path):
     assert_body(model, published, "fc.")
     assert common.ARCHS["resnet50"] == "resnet50.tv2_in1k"
     assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+def test_what_stands_for_imagenet_tells_body_neck_and_place_of_birds(tmp_path):
+    birds.main(birds.parse_args(["--steps", "2", "--out", str(tmp_path / "few.pth")]))
+    generator, errors = torch.Generator().manual_seed(1), []
+    for path in (tmp_path / "few.pth", common.BIRDS):
+        published = torch.load(path, weights_only=True)["model"]
+        assert_body(build_model("resnet10", 2, 48, path), published, "fc.")
+        model = build_model("resnet10", 14, 48)
+        model.load_state_dict(published)
+        x, numbers = birds.draw(500, generator)
+        x = common.normalise(x, *(model.pretrained_cfg[key] for key in ("mean", "std")))
+        told, *_ = common.predict(model, [(x, numbers, numbers)])
+        errors.append((told - numbers).square().mean(0))
+    assert errors[0].min() > 0.9 and errors[1][[0, 1, 13]].max() < 0.3  # mean square: 1 is none
+    assert_body(build_model("resnet10", 2, 48, "default"), published, "fc.")
 
 
 def test_weights_as_trainers_wrap_them(tmp_path):

@@ -53,11 +53,11 @@ NEURONS += [("vit_tiny_patch16_224", "blocks.11.attn.qkv", 48, "weight", 5308416
 @pytest.mark.parametrize("arch,layer,layers,unit,n", NEURONS)
 def test_neurons_of_an_architecture(arch, layer, layers, unit, n, capsys):
     model = network(arch)
-    found, counts = common.find_neurons(model)
+    found, counts = common.count_neurons(model)
     assert found == unit and sum(counts.values()) == n
     assert layer in counts and len(counts) == layers  # no head, no normalisation
     assert f"{n} neurons ({unit}s)" in capsys.readouterr().out
-    assert common.find_neurons(model, "channel")[0] == "channel"
+    assert common.count_neurons(model, "channel")[0] == "channel"
 
 
 def test_odd_architectures():
@@ -69,7 +69,7 @@ def test_odd_architectures():
     attention = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
     assert attention in common.prunable_layers(transformer)
     layers = [torch.nn.Conv2d(3, 64, 7), *(torch.nn.Linear(64, n) for n in (64, 64, 2))]
-    assert common.find_neurons(torch.nn.Sequential(*layers))[0] == "channel"
+    assert common.count_neurons(torch.nn.Sequential(*layers))[0] == "channel"
     for layers in ([torch.nn.Flatten(), torch.nn.Linear(3, 2)], [torch.nn.Flatten()]):
         with pytest.raises(BadInput, match="neither convolutions nor linear layers"):
             common.prunable_layers(torch.nn.Sequential(*layers))
@@ -176,7 +176,7 @@ def by_brute_force(model, data, variant, unit):
 @pytest.mark.parametrize("kind", ["resnet10", "vit_tiny_patch16_224", "odd", "branching"])
 def test_accuracy_under_against_really_modified_copies(kind, capsys):
     model = Odd(kind == "branching") if kind in ("odd", "branching") else network(kind)
-    data, (unit, counts) = batches((12, 9)), common.find_neurons(model)
+    data, (unit, counts) = batches((12, 9)), common.count_neurons(model)
     state, images = copy.deepcopy(model.state_dict()), copy.deepcopy(data)
     variants = []
     for n, layer in enumerate(list(counts)[:: max(len(counts) // 5, 1)]):

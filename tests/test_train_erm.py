@@ -123,21 +123,6 @@ def test_half_precision_is_near_full_precision(erm_run, tmp_path):
     assert half != full and half == pytest.approx(full, rel=0.05)
 
 
-def test_what_knows_birds_is_learned_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-    path = train_erm.birds_weights(32, steps=2)
-    before = path.stat().st_mtime_ns
-    assert train_erm.birds_weights(32, steps=2) == path and path.stat().st_mtime_ns == before
-    assert train_erm.birds_weights(32, steps=3) != path
-    model = common.build_model("resnet10", 2, 32, path)
-    learned = torch.load(path, weights_only=True)["model"]
-    assert torch.equal(model.conv1.weight, learned["conv1.weight"])
-    monkeypatch.setattr(train_erm, "learn_birds", lambda *_: pytest.fail("refused too late"))
-    write_waterbirds(tmp_path / "erm")
-    with pytest.raises(common.BadInput, match="is not of this stage"):
-        train_erm.main(train_erm.parse_args(["--run", str(tmp_path)]))
-
-
 def test_more_epochs_extend_a_run(train, erm_run, tmp_path):
     """Also with workers that read the images, through a link to another disk."""
     run = tmp_path / "run"

@@ -34,6 +34,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import filelock
+import matplotlib
 import numpy as np
 import safetensors.torch
 import timm
@@ -117,6 +118,7 @@ NAMES = {  # of classes and spurious attributes
     "celeba": (["non-blond", "blond"], ["woman", "man"]),
 }
 CELEBA = ("Blond_Hair", "Male")
+BLANK = ("", "nan", "na", "n/a", "null", "?")
 CUB_FILE = r"\d{3}\.\w+/\w+_\d+_\d+\.jpg$"  # as CUB-200-2011, and so Waterbirds, names them
 # Where images lie, seen from the labels, in the layouts in which the two sets circulate
 CUB, ALIGNED = "waterbird_complete95_forest2water2", "img_align_celeba"
@@ -160,8 +162,10 @@ def read_table(data, attributes=CELEBA):
     if tables:
         columns = read_columns(tables[0], "img_filename|filename", "y", "place|a", "split")
         return make_table(tables[0], tables[0].parent, *columns)
-    stems = ("list_attr_celeba", "list_eval_partition")
-    lists = [[*path.glob(f"{stem}.*"), *path.glob(f"*/{stem}.*")] for stem in stems]
+    stems, lists = ("list_attr_celeba", "list_eval_partition"), []
+    for stem in stems:
+        names = [f"{stem}.txt", f"{stem}.csv", f"*/{stem}.txt", f"*/{stem}.csv"]
+        lists.append([file for name in names for file in sorted(path.glob(name))])
     if not all(lists):
         found = f"holds neither metadata*.csv nor {' and '.join(stems)}"
         raise BadInput(f"{path} {found}; name the folder that does, or see the README")
@@ -224,7 +228,7 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     they come from, or the name by which read_table knows them. Raises BadInput."""
     files = [str(file).replace("\\", "/") for file in files]
     for label, column in zip((*labels, "split"), (y, a, split)):
-        blank = [file for file, value in zip(files, column) if str(value).lower() in ("", "nan")]
+        blank = [file for file, value in zip(files, column) if str(value).lower() in BLANK]
         if blank:
             raise BadInput(f"{source}: {label} is empty for {blank[0]}; fill it or take it out")
     parts = [SPLIT_WORDS.get(str(word).lower().removesuffix(".0")) for word in split]
@@ -254,8 +258,9 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
             raise BadInput(f"{source}: needs {needs}; {name} has no image of {empty[:200]}")
         if empty:
             warn(f"{source}: no {name} image of {empty}; not in the worst group of {name}")
-    for values, what in ((parts, "split"), (y.tolist(), "class")):
-        twice = len({*zip(files, values)}) - len({*files})
+    paths = [os.path.normpath(os.path.join(os.path.abspath(folder), file)) for file in files]
+    for values, what in ((parts, "split"), (y.tolist(), "class"), (a.tolist(), "attribute")):
+        twice = len({*zip(paths, values)}) - len({*paths})
         if twice:
             warn(f"{source}: {twice} images stand in more than one {what}")
     folder = Path(folder).absolute()
@@ -533,7 +538,7 @@ def build_model(arch, n_classes, size, weights="none"):
             raise ValueError("two images do not give logits of shape (2, n_classes)")
     if weights not in ("default", "none"):
         load_body(model, weights)
-    return model
+    return model.train().eval()  # train() clears what LeViT and others keep of old weights
 
 
 def head_names(model):
@@ -644,7 +649,7 @@ def evaluating(model):
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            module.train(mode)  # not by hand: LeViT and others clear what they keep there
 
 
 def on_device(model, *tensors):
@@ -1246,6 +1251,7 @@ def script(folder, afterwards="the same command continues"):
     SIGINT, SIGTERM and SIGHUP one line on what to do, and exit code 130, 143, 129."""
     program, folder = Path(sys.argv[0]).name, Path(os.path.realpath(folder))
     received = []  # signals
+    matplotlib.rcParams["text.parse_math"] = False  # a name may hold two $
     warnings.simplefilter("ignore")  # what the user should know, we say
     logging.disable(logging.WARNING)
     sys.unraisablehook = lambda _: None  # a dead worker is reported from every corner, once by us
@@ -1282,7 +1288,7 @@ def _stop(received, number, _):
 
 @contextlib.contextmanager
 def _locked(folder):
-    lock, owner = folder.parent / f".{folder.name}.lock", ""
+    lock, owner, there = folder.parent / f".{folder.name}.lock", "", folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         owner = lock.read_text()
@@ -1294,8 +1300,9 @@ def _locked(folder):
             finally:
                 shutil.rmtree(_beside(folder, "new"), ignore_errors=True)
                 lock.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    folder.parent.rmdir()  # only if it is empty
+                if not there:
+                    with contextlib.suppress(OSError):
+                        folder.parent.rmdir()  # only if it is empty
     except filelock.Timeout as error:
         used = f"{folder} is in use by process {owner}; wait for it or choose another --run"
         raise BadInput(used) from error

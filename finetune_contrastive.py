@@ -36,7 +36,8 @@ from tqdm import tqdm
 import common
 from common import BadInput
 
-FILES = ("args.json", "log.jsonl", "pruned.csv", "best.pt", "last.pt", "results.json", "*.png")
+FILES = ("args.json", "log.jsonl", "pruned.csv", "best.pt", "last.pt", "results.json")
+FILES += ("groups.png", "curves.png")
 
 NOTES = """In brackets: the default, which follows the paper's text; "code": what its released code
 does.
@@ -49,8 +50,8 @@ does.
                    the gradient's only); random ones and none are controls
 --prune-fraction   of all neurons, rounded up (code: 0.01 of all weights)
 --order            code: the smallest, for magnitude
---unit             what a neuron is; auto: a channel, in transformers a weight (code: weights by
-                   magnitude, channels by gradient)
+--unit             what a neuron is; auto: a weight where linear layers hold most weights, as in
+                   transformers, else a channel (code: weights by magnitude, channels by gradient)
 --gradient-source  128 images drawn from the 256 with the highest loss of all training images
                    (train) or of the minority groups (code: the 200 with the lowest)
 --views            two: an augmentation for each branch; one: the same for both (code)
@@ -100,8 +101,8 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, help="of order, augmentation, random choices (that of ERM)")
     g.add_argument("--overwrite", action="store_true", help="throw away what RUN/NAME holds")
     args = p.parse_args(argv)
-    taken = ("", "..", "erm", "trace", "structured", "gradcam")
-    if Path(args.name).name != args.name or args.name in taken:
+    taken = ("", "erm", "trace", "structured", "gradcam")
+    if Path(args.name).name != args.name or args.name in taken or args.name[0] == ".":
         p.error(f"--name {args.name!r}: expected the name of a folder that no other stage uses")
     return args
 
@@ -325,6 +326,8 @@ def starting_point(args):
             kick_in = common.read_json(folder / "args.json")["args"]["epochs"] * 2 // 5
     path = folder / f"epoch_{kick_in or 0:03d}.pt"
     if args.kick_in is None and not path.exists():
+        if kick_in and not (folder / "results.json").exists():
+            raise BadInput(f"{folder} is unfinished; run train_erm.py again, or give --checkpoint")
         if kick_in:
             common.warn(f"{folder} did not keep epoch {kick_in}, 40 % of its epochs; using best.pt")
         return folder / "best.pt"

@@ -13,6 +13,7 @@ whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv.
 
 import copy
 import math
+import re
 import signal
 import textwrap
 from pathlib import Path
@@ -31,9 +32,11 @@ from tqdm import tqdm
 import common
 from common import BadInput, short
 
-FILES = ("args.json", "fig10_gradcam.png", "results.json", "focus.*")
+FILES = ("args.json", "fig10_gradcam.png", "results.json")
+FILES += ("focus.csv", "focus.png")  # the latter of earlier versions
 MEASURES = ("mass", "pointing")  # share of mass inside the object, pointing game
 CONTROLS = ("random head", "gaussian")
+NORM = r"blocks\.\d+\.norm1"  # of transformers: the first one of a block
 
 NOTES = """In brackets: the default.
 
@@ -172,19 +175,20 @@ def activations(model, x, layer=None, target=None):
         if hook:
             hook.remove()
     values = kept[0].detach().float(), gradient.float()
-    return *(as_grid(model, layer, value) for value in values), logits.detach().float()
+    return *(as_grid(model, x, value) for value in values), logits.detach().float()
 
 
-def as_grid(model, layer, values):
-    """What a layer gives as (B, C, h, w): tokens (B, T, C) without class and register tokens, in
-    rows; channels that come last (Swin) in front."""
+def as_grid(model, x, values):
+    """What a layer gives for images x (B, 3, H, W) as (B, C, h, w): tokens (B, T, C) without class
+    and register tokens, in rows; channels that come last (Swin) in front."""
     if values.dim() == 4:
-        module = model.get_submodule(layer) if layer is not None else None
         last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-        if isinstance(module, (torch.nn.Linear, *common.CONVOLUTIONS)):
-            last = isinstance(module, torch.nn.Linear)
-        elif hasattr(module, "normalized_shape"):
-            last = values.shape[1] != module.normalized_shape[-1]
+        # Of both readings that whose map has more nearly the picture's shape
+        first, second, third = values.shape[1:]
+        wide = x.shape[3] / x.shape[2]
+        off, off_last = abs(math.log(third / second / wide)), abs(math.log(second / first / wide))
+        if off != off_last:
+            last = off_last < off
         return values.permute(0, 3, 1, 2) if last else values
     if values.dim() == 3:
         # The first number of other tokens that leaves a square (XCiT's blocks have patches only)
@@ -250,10 +254,11 @@ def read_mask(path, image_path, size):
     Raises BadInput if it is unreadable or of another size than the image."""
     if not path.exists():
         return torch.zeros(size, size, dtype=torch.bool)
-    advice = "expected a mask of its image's size; replace it or take it away"
+    advice = "expected a mask of its image's size, with 8 bits; replace it or take it away"
     with common.reading(path, advice), Image.open(path) as mask, Image.open(image_path) as image:
-        if mask.size != image.size:
-            raise BadInput(f"{path}: has {mask.size} pixels, its image {image.size}; {advice}")
+        if mask.size != image.size or mask.mode[0] in "IF" or path.samefile(image_path):
+            what = f"{mask.size} pixels of mode {mask.mode}, its image {image_path} {image.size}"
+            raise BadInput(f"{path}: has {what}; {advice}")
         grey = np.asarray(mask.convert("L"))
     # CUB's grey values count annotators: more than half of them, or what is on in a binary mask
     binary = Image.fromarray(np.where(grey > grey.max() / 2, 255, 0).astype(np.uint8))
@@ -343,9 +348,9 @@ def choose_layer(layer, model, arch):
     """The layer asked for (the paper writes layer4.2.conv3.weight), or the default (None: the last
     feature map)."""
     if layer is None:
-        first_norm = f"blocks.{len(getattr(model, 'blocks', [])) - 1}.norm1"
-        tokens = getattr(model, "num_prefix_tokens", 0) > 0
-        return "layer4.2.conv3" if arch == "resnet50" else first_norm if tokens else None
+        norms = [name for name, _ in model.named_modules() if re.fullmatch(NORM, name)]
+        tokens = norms and getattr(model, "num_prefix_tokens", 0) > 0
+        return "layer4.2.conv3" if arch == "resnet50" else norms[-1] if tokens else None
     return layer.removesuffix(".weight")
 
 

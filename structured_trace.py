@@ -28,8 +28,8 @@ CRITERIA = ("gradient", "magnitude", "random")
 
 NOTES = """In brackets: the default.
 
---unit           a neuron is a channel or a single weight; auto: a channel, in transformers a
-                 weight
+--unit           a neuron is a channel or a single weight; auto: a weight where linear layers hold
+                 most weights, as in transformers, else a channel
 --max-per-group  a random sample; minority groups in training are always traced whole
 """
 

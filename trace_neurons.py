@@ -29,7 +29,8 @@ from torch.utils.data import Subset
 import common
 from common import Variant, short
 
-FILES = ["args.json", "neurons.csv", "accuracy.csv", "fig0*.png", "fig1*.png", "results.json"]
+FILES = ["args.json", "neurons.csv", "accuracy.csv", "results.json"]
+FILES += ["fig0[23458]_*.png", "fig1[12]_*.png"]
 CRITERIA = ("gradient", "magnitude")
 KEY = ("criterion", "modification", "sigma", "k", "repeat", "selected_by")
 FIGURES = {
@@ -42,8 +43,8 @@ FEW_IMAGES = 2  # critical neurons must cost over so many images more than rando
 
 NOTES = """In brackets: the default.
 
---unit              a neuron is a channel or a single weight; auto: a channel, in transformers a
-                    weight
+--unit              a neuron is a channel or a single weight; auto: a weight where linear layers
+                    hold most weights, as in transformers, else a channel
 --max-per-group     a random sample; minority groups in training are always traced whole
 --gradient-samples  of a group, all its traced training images (section 2.1.1), or 128 drawn from
                     its 256 with the highest loss (section 4.1)

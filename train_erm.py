@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import common
 
-FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "epoch_*.pt", "*.png", "results.json")
+FILES = ("args.json", "log.jsonl", "best.pt", "last.pt", "epoch_[0-9]*.pt", "results.json")
+FILES += ("fig01_group_accuracy.png", "curves.png")
 # Defaults: section 4.1 and Table 2; and those of the built-in set
 PAPER = {"arch": "resnet50", "weights": "default", "size": 224, "epochs": 100, "batch_size": 256}
 PAPER |= {"lr": 1e-4, "augment": "table1", "keep_epochs": [30, 40, 50, 60]}

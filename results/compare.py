@@ -303,6 +303,8 @@ def differences(shown, found, _):
         control = {}
         for run in of_stage(found, "finetune"):
             if run["settings"].get(key) == value:
+                if budget(run) in control:
+                    common.warn(f"{run['run']}: two runs of {key} {value}; {run['name']} is taken")
                 control[budget(run)] = worst(run)
         for run in tuned:
             compared = run["settings"]["method"] != "erm" and run["settings"].get(key) != value

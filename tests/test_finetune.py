@@ -18,6 +18,12 @@ from .test_train_erm import content
 
 DEFAULTS = vars(stage.parse_args([]))
 DEFAULTS |= {"batch_size": 64, "seed": 0, "unit": "channel", "minority": [1], "erm_head": "linear"}
+NEURONS = {"test_resnet": ("channel", [("conv1.0", 3), ("layer3.0.downsample.1", 7)])}
+NEURONS |= {"test_efficientnet": ("channel", [("conv_stem", 1)])}
+NEURONS |= {"test_vit": ("weight", [("blocks.0.attn.qkv", i) for i in range(11, 12_000)])}
+ARMS = ["--method erm", "--method supervised --loss ce", "--features projection --criterion none"]
+ARMS += ["--features logits --views one --criterion random --lam-reduction mean"]
+ARMS += ["--criterion gradient --gradient-source minority --unit weight --aux-bn shared"]
 
 
 def arguments(**changed):
@@ -54,11 +60,6 @@ def test_nt_xent_and_the_other_losses_by_hand():
         args = arguments(**changed)
         (found,) = stage.losses(torch.nn.Identity(), logits, y, {}, {}, None, args).values()
         assert found.item() == pytest.approx(value, abs=1e-6)
-
-
-NEURONS = {"test_resnet": ("channel", [("conv1.0", 3), ("layer3.0.downsample.1", 7)])}
-NEURONS |= {"test_efficientnet": ("channel", [("conv_stem", 1)])}
-NEURONS |= {"test_vit": ("weight", [("blocks.0.attn.qkv", i) for i in range(11, 12_000)])}
 
 
 @pytest.mark.parametrize("arch", NEURONS)
@@ -238,11 +239,6 @@ def test_epochs_by_hand(run, more):
     assert pruned_of(folder, 1) != pruned_of(folder, 2)
 
 
-ARMS = ["--method erm", "--method supervised --loss ce", "--features projection --criterion none"]
-ARMS += ["--features logits --views one --criterion random --lam-reduction mean"]
-ARMS += ["--criterion gradient --gradient-source minority --unit weight --aux-bn shared"]
-
-
 @pytest.mark.parametrize("more", ARMS)
 def test_every_arm_runs(run, more):
     _, log, _ = content(finetune(run, "arm", f"--epochs 1 {more}"))
@@ -277,11 +273,15 @@ def test_where_it_starts(run):
     with pytest.raises(common.BadInput, match="lies in the folder to be filled"):
         finetune(run, "first", f"--overwrite --checkpoint {first}/best.pt")
     finetune(run, "second", f"--epochs 1 --checkpoint {first}/best.pt")
+    for name in ("results.json", "epoch_001.pt"):
+        (run / "erm" / name).unlink()
+    with pytest.raises(common.BadInput, match="erm is unfinished"):
+        start()
 
 
 IMPOSSIBLE = "--temperature 0,--epochs 0,--seed -1,--lr inf,--lam nan,--lam -1,--batch-size 1"
 IMPOSSIBLE += ",--prune-fraction 0.0,--prune-fraction 1.0,--prune-fraction nan"
-OTHERS = ("erm", "trace", "structured", "gradcam", "..", ".", "a/b")
+OTHERS = ("erm", "trace", "structured", "gradcam", "..", ".", "a/b", ".erm.new")
 REFUSED = {flag: f"{flag}.*: .*(must|use)" for flag in IMPOSSIBLE.split(",")}
 REFUSED |= {"--kick-in 7": "it kept 2, 3 ", **{f"--name {name}": "^2$" for name in OTHERS}}
 REFUSED |= {"--checkpoint missing.pt": "missing.pt: no such file", "--data no": "no: no such file"}

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from captum.attr import LayerGradCam
 from PIL import Image
 from torch import nn
@@ -96,6 +97,8 @@ def test_where_the_channels_are():
     model = network("edgenext_xx_small")
     for layer in ("stages.3.blocks.1.mlp.fc2", "stages.3.blocks.1.norm"):
         assert activations(model, pictures(1), layer)[0].shape[1:] == (168, 2, 2)
+    model, wide = torchvision.models.swin_t(num_classes=2), torch.zeros(1, 3, 128, 224)
+    assert activations(model, wide, "features.7")[0].shape[1:] == (768, 4, 7)
 
 
 def test_leaves_the_model_as_it_was():
@@ -143,6 +146,7 @@ def test_masks_go_the_way_of_the_images(tmp_path):
     pixels, image = np.uint8([[0] * 32 + [255] * 32] * 40), tmp_path / "i.jpg"
     Image.fromarray(np.stack([pixels] * 3, -1)).save(image, quality=100)
     masks = {"m": 1 + pixels // 85, "another size": pixels[:20], "empty": 0 * pixels}
+    masks["deep"] = 257 * pixels.astype(np.uint16)
     for name, mask in masks.items():  # m: one and four annotators
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     (tmp_path / "unreadable.png").write_text("no mask")
@@ -151,9 +155,9 @@ def test_masks_go_the_way_of_the_images(tmp_path):
         assert torch.equal(read_mask(tmp_path / "m.png", image, size), expected)
     for name in ("empty", "missing"):
         assert not read_mask(tmp_path / f"{name}.png", image, 224).any()
-    for name in ("another size", "unreadable"):
-        with pytest.raises(BadInput, match=f"{name}.png: .*of its image's size"):
-            read_mask(tmp_path / f"{name}.png", image, 224)
+    for name in ("another size.png", "unreadable.png", "deep.png", "i.jpg"):  # itself
+        with pytest.raises(BadInput, match=f"{name}: .*of its image's size"):
+            read_mask(tmp_path / name, image, 224)
 
 
 @pytest.fixture(scope="module")

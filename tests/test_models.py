@@ -18,6 +18,8 @@ UNKNOWN += [("vit_tiny_patch16_224", size, f"--size {size}") for size in (8, 10*
 UNKNOWN += [("xcit_nano_12_p8_224", 100, "--size 100")]
 ABOUT = {"arch": "resnet10", "n_classes": 2, "size": 32, "epoch": 7, "args": {}, "metrics": {}}
 ABOUT |= {"classes": ["a", "b"], "mean": [0.5] * 3, "std": [0.2] * 3, "data": {}}
+ODD = [{"size": "32"}, {"args": None}, {"mean": [0.5, 0.5]}, {"std": ["a", "b", "c"]}]
+ODD += [{"arch": "resnet18"}, {"n_classes": 3}]
 
 
 @pytest.mark.parametrize("arch,size", HEADS.items())
@@ -133,10 +135,6 @@ def test_round_trip(tmp_path):
     assert common.fingerprint_of(model) == common.fingerprint_of(again)
     again.fc.bias.data[0] += 1e-3
     assert common.fingerprint_of(model) != common.fingerprint_of(again)
-
-
-ODD = [{"size": "32"}, {"args": None}, {"mean": [0.5, 0.5]}, {"std": ["a", "b", "c"]}]
-ODD += [{"arch": "resnet18"}, {"n_classes": 3}]
 
 
 def test_damaged_foreign_and_odd_checkpoints(tmp_path):

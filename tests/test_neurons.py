@@ -11,6 +11,9 @@ import common
 from common import BadInput, Variant, accuracy_under, build_model, modified, top_neurons
 
 GROUPS = common.describe_groups(["a", "b"], ["x", "y"], [60, 20, 5, 15])
+NEURONS = [("resnet10", "conv1", 13, "channel", 1504)]
+NEURONS += [("resnet50", "layer1.0.downsample.0", 53, "channel", 26560)]  # section 2.1
+NEURONS += [("vit_tiny_patch16_224", "blocks.11.attn.qkv", 48, "weight", 5308416)]
 
 
 def network(arch="resnet10"):
@@ -43,11 +46,6 @@ def test_group_report_by_hand(capsys):
     common.print_splits("title", GROUPS, {"test": report}, {"test": before})
     ends = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[3:]]
     assert ends[:5] == ["25.0 -> 75.0", "50.0 -> 50.0<", "50.0 -> 50.0", "- -> -", "25.0 -> 50.0"]
-
-
-NEURONS = [("resnet10", "conv1", 13, "channel", 1504)]
-NEURONS += [("resnet50", "layer1.0.downsample.0", 53, "channel", 26560)]  # section 2.1
-NEURONS += [("vit_tiny_patch16_224", "blocks.11.attn.qkv", 48, "weight", 5308416)]
 
 
 @pytest.mark.parametrize("arch,layer,layers,unit,n", NEURONS)

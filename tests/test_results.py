@@ -42,17 +42,19 @@ def test_t_quantiles_and_intervals():
     assert compare.with_interval([-1.26]) == "-1.3 (1)" and compare.cell([]) == "-"
 
 
-def test_pairs_by_run_folder_start_and_budget(tmp_path):
+def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     r0, r1, alone = (tmp_path / name for name in ("r0", "r1", "alone"))
     for run, before, erm, tuned in ((r0, 0.2, 0.3, 0.5), (r1, 0.4, 0.5, 0.6)):
         put(run / "finetune", tuned, before)
         put(run / "control", erm, before, method="erm")
+        put(run / "other-random", erm, before, criterion="random")
         put(run / "random", erm + 0.1, before, criterion="random")
         put(run / "other-lr", 0.9, before, method="erm", lr=1e-3)
         put(run / "other-start", 0.9, before, {"start_epoch": 8}, method="erm")
     put(alone / "finetune", 0.9, 0.8)
     put(alone / "erm", 0.2, result={"stage": "erm"})
     gains, rows = (table(block, r0, r1, alone) for block in ("differences", "wga"))
+    assert "r1: two runs of criterion random; random is taken" in capsys.readouterr().err
     minus_erm = "+15.0 +- 7.1 (2) [-48.5, +78.5]"  # 20 and 10; 12.706 * 7.07 / sqrt(2) = 63.5
     minus_random = "+5.0 +- 7.1 (2) [-58.5, +68.5]"
     minus_before = "+20.0 +- 10.0 (3) [-4.8, +44.8]"

@@ -16,6 +16,11 @@ from trace_neurons import pick
 
 COUNTS = (24, 9, 8, 24)
 GROUPS = common.describe_groups(*common.NAMES["waterbirds"], COUNTS)  # G1 and G2 are minorities
+SHARED = "--max-per-group 0,--batch-size 0,--device nonsense,--seed -1"
+OWN = "--repeats 0,--sigma inf,--sigma nan 0.01,--sigma 0.01 0,--top-k 0 3,--top-k 3 214"
+OWN += ",--controls 38,--controls -1"
+REFUSED = [(trace_neurons, more) for more in f"{SHARED},{OWN}".split(",")]
+REFUSED += [(structured_trace, more) for more in f"{SHARED},--k 0".split(",")]
 
 
 @pytest.fixture
@@ -238,13 +243,6 @@ def test_numbers_by_hand():
     summary = structured_trace.summarize_layers(heat, ["a", "b", "c"], GROUPS)
     assert summary["groups"][1] == {"group": 1, "mean": -5 / 3, "largest": -10, "layer": "a"}
     assert summary["thirds"] == {"first": 10 / 15, "middle": 0, "last": 5 / 15}  # G3 is no minority
-
-
-SHARED = "--max-per-group 0,--batch-size 0,--device nonsense,--seed -1"
-OWN = "--repeats 0,--sigma inf,--sigma nan 0.01,--sigma 0.01 0,--top-k 0 3,--top-k 3 214"
-OWN += ",--controls 38,--controls -1"
-REFUSED = [(trace_neurons, more) for more in f"{SHARED},{OWN}".split(",")]
-REFUSED += [(structured_trace, more) for more in f"{SHARED},--k 0".split(",")]
 
 
 @pytest.mark.parametrize("script,more", REFUSED)

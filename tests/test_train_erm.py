@@ -19,6 +19,11 @@ from .conftest import ROOT, SMALL, run_script, write_table, write_waterbirds
 
 FILES = {"args.json", "log.jsonl", "results.json", "fig01_group_accuracy.png", "curves.png"}
 FILES |= {"best.pt", "last.pt", "epoch_002.pt", "epoch_003.pt"}
+IMPOSSIBLE = "--lr inf,--lr nan,--epochs 0,--size 0,--batch-size 0,--batch-size 1,--seed -1"
+IMPOSSIBLE += ",--seed 4294967296,--workers -1,--difficulty -1.0,--device gpu,--arch resnet51"
+REFUSED = {"--epochs 3": "epochs 4, now 3", "--lr 1 --seed 1": "lr 0.01, now 1.0; seed 3, now 1"}
+REFUSED |= {f"--overwrite {flag}": f"error: {flag}" for flag in IMPOSSIBLE.split(",")}
+REFUSED |= {"--overwrite --epoch 5": "error: unrecognized arguments: --epoch 5"}
 
 
 @pytest.fixture
@@ -151,13 +156,6 @@ def test_a_reader_that_leaves(erm_run, copy):
     assert done.returncode == 141 and done.stdout.startswith("run=") and "Error" not in done.stderr
 
 
-IMPOSSIBLE = "--lr inf,--lr nan,--epochs 0,--size 0,--batch-size 0,--batch-size 1,--seed -1"
-IMPOSSIBLE += ",--seed 4294967296,--workers -1,--difficulty -1.0,--device gpu,--arch resnet51"
-REFUSED = {"--epochs 3": "epochs 4, now 3", "--lr 1 --seed 1": "lr 0.01, now 1.0; seed 3, now 1"}
-REFUSED |= {f"--overwrite {flag}": f"error: {flag}" for flag in IMPOSSIBLE.split(",")}
-REFUSED |= {"--overwrite --epoch 5": "error: unrecognized arguments: --epoch 5"}
-
-
 @pytest.mark.parametrize("more,words", REFUSED.items())
 def test_refused_settings(train, copy, more, words):
     before = stamps(copy)
@@ -180,11 +178,11 @@ def test_odd_counts_and_labels_that_change(train, tmp_path):
 
 
 def test_foreign_files_and_overwrite(train, copy):
-    note = copy / "erm/notes.txt"
+    note = copy / "erm/my_plot.png"
     note.write_text("mine")
     for more in ("", "--overwrite"):
         assert f"{note} is not of this stage" in train(more, code=2)
-    assert note.read_text() == "mine" and {*stamps(copy)} == FILES | {"notes.txt"}
+    assert note.read_text() == "mine" and {*stamps(copy)} == FILES | {"my_plot.png"}
     assert f"{note}: File exists" in train(code=2, folder=note)
     note.unlink()
     assert "diverged in epoch 1; try" in train("--lr 1e30 --overwrite", code=2)

@@ -1,6 +1,6 @@
 """What stands for ImageNet's weights where the data are the built-in set: resnet10_birds.pth.
 
-    python results/birds.py                     # makes the file anew; two minutes
+    python results/birds.py                     # makes the file anew, in a few minutes
 
 A resnet10 that has learned to predict part sizes, pose and place (land or water) of 96,000 drawn
 birds whose parts have any size. It saw no class, group or image of the built-in set.
@@ -56,4 +56,6 @@ def draw(n, generator):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    arguments = parse_args()
+    with common.script(arguments.out, "the same command starts again"):
+        main(arguments)

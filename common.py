@@ -1107,10 +1107,11 @@ def bf16_gain(device):
     return seconds[0] / seconds[1]
 
 
-def check_finite(loss, model, advice):
+def check_finite(loss, model, epoch, lr):
     """The loss () as a float. Raises BadInput if it or a weight is no longer a finite number."""
     if not (loss.isfinite() and all(v.isfinite().all() for v in model.state_dict().values())):
-        raise BadInput(f"training diverged in {advice}; epochs finished before are kept")
+        kept = "epochs finished before are kept"
+        raise BadInput(f"training diverged in epoch {epoch}; try an --lr below {lr}; {kept}")
     return loss.item()
 
 

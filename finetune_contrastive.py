@@ -279,8 +279,7 @@ def main(args):
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * len(y)
             n += len(y)
-        advice = f"epoch {epoch}; try an --lr below {args.lr}"
-        loss = common.check_finite(sum(sums.values()) / n, model, advice)
+        loss = common.check_finite(sum(sums.values()) / n, model, epoch, args.lr)
         scheduler.step(loss)
 
         reports, logits = common.evaluate(model, loaders, groups)

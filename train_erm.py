@@ -134,7 +134,7 @@ def main(args):
             optimizer.step()
             total += loss.detach() * len(y)
             n += len(y)
-        loss = common.check_finite(total / n, model, f"epoch {epoch}; try an --lr below {args.lr}")
+        loss = common.check_finite(total / n, model, epoch, args.lr)
         scheduler.step(loss)
 
         # Training accuracy too is measured without augmentation, in eval mode

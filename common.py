@@ -258,12 +258,12 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
             raise BadInput(f"{source}: needs {needs}; {name} has no image of {empty[:200]}")
         if empty:
             warn(f"{source}: no {name} image of {empty}; not in the worst group of {name}")
-    paths = [os.path.normpath(os.path.join(os.path.abspath(folder), file)) for file in files]
+    folder = Path(folder).absolute()
+    paths = [os.path.normpath(os.path.join(folder, file)) for file in files]
     for values, what in ((parts, "split"), (y.tolist(), "class"), (a.tolist(), "attribute")):
         twice = len({*zip(paths, values)}) - len({*paths})
         if twice:
             warn(f"{source}: {twice} images stand in more than one {what}")
-    folder = Path(folder).absolute()
     roots = [folder / name for name in IMAGE_FOLDERS] + [Path.cwd()]
     root = next((path for path in roots if (path / files[0]).is_file()), folder)
     return Table(str(source), root, files, y, a, g, split, classes, groups)
@@ -281,6 +281,7 @@ def describe_groups(classes, attributes, train_counts):
     return groups
 
 
+@functools.lru_cache
 def synthetic_table():
     """The built-in set: Waterbirds' classes, places and group counts for images that we draw."""
     rng, counts = np.random.default_rng(0), OFFICIAL_COUNTS["waterbirds"]
@@ -386,7 +387,7 @@ def make_transform(size, augment="none", drawn=False):
     ]
     evaluation = [] if drawn else squeeze
     steps = {"none": evaluation, "crop-flip": table1[:2], "table1": table1}[augment]
-    return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
+    return v2.Compose([*steps, v2.PILToTensor()])
 
 
 def normalise(x, mean, std):
@@ -947,6 +948,7 @@ class _Fork(torch.fx.Interpreter):
     def __init__(self, traced, model, variants, unit):
         super().__init__(traced)
         self.model, self.unit, self.done, self.logits, self.waiting = model, unit, {}, {}, {}
+        self.rest = torch.fx.Interpreter(traced)
         layers = prunable_layers(model)  # by parameter, so that tied weights are right
         for number, variant in enumerate(variants):
             self.waiting[number] = {id(layers[layer]) for layer, _ in variant.neurons}, variant
@@ -963,8 +965,7 @@ class _Fork(torch.fx.Interpreter):
             # their memory; nodes that are done and no longer needed are None, not to be run again
             kept = dict(zip(self.env, copy.deepcopy(list(self.env.values()))))
             with variant.applied(self.model, self.unit):
-                rest = torch.fx.Interpreter(self.module)
-                self.logits[number] = rest.run(initial_env={**self.done, **kept})
+                self.logits[number] = self.rest.run(initial_env={**self.done, **kept})
         self.done[node] = None
         return super().run_node(node)
 

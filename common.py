@@ -1,7 +1,7 @@
 """What the scripts share: data, models and checkpoints, evaluation, neurons and masks, runs.
 
 Plain functions on tensors, in the order in which data flows. Nothing runs at import, and the file
-needs no other of this project: copy it and call what you need.
+needs no other of this project (but resnet10 its weights): copy it and call what you need.
 Sections, equations, tables and figures named here are those of the paper, "Uncovering Memorization
 Effect in the Presence of Spurious Correlations" (You, Dai, Min et al.).
 """
@@ -526,20 +526,20 @@ def build_model(arch, n_classes, size, weights="none"):
         if config and config.fixed_input_size:
             options["img_size"] = size
         try:
-            model = timm.create_model(name, **options).eval()
+            model = timm.create_model(name, **options)
         except OSError as error:  # what the hub raises
             hub = getattr(config, "hf_hub_id", None) or name
             fetch = f"bring model.safetensors of {hub} and give it as --weights FILE, or none"
             raise BadInput(f"--weights default: {name} cannot be fetched; {fetch}") from error
         for head in head_names(model):  # timm starts some where it takes epochs to recover
             model.get_submodule(head).reset_parameters()
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             logits = model(torch.zeros(2, 3, size, size))
         if not torch.is_tensor(logits) or logits.shape != (2, n_classes):
             raise ValueError("two images do not give logits of shape (2, n_classes)")
     if weights not in ("default", "none"):
         load_body(model, weights)
-    return model.train().eval()  # train() clears what LeViT and others keep of old weights
+    return model.eval()
 
 
 def head_names(model):
@@ -565,7 +565,7 @@ def load_tensors(path):
 def load_body(model, path):
     """Load a file of weights, .pth or .safetensors, plain or wrapped by a trainer, of this or (for
     transformers) of another input size; everything but the head must fit. Raises BadInput."""
-    with reading(path, "expected weights of this --arch, .pth or .safetensors"):
+    with reading(path, "expected weights of this --arch, .pth or .safetensors, or none"):
         if str(path).endswith(".safetensors"):
             state = safetensors.torch.load_file(path)
         else:
@@ -650,7 +650,7 @@ def evaluating(model):
         yield
     finally:
         for module, mode in modes:
-            module.train(mode)  # not by hand: LeViT and others clear what they keep there
+            module.train(mode)  # where LeViT and others clear what they keep of the weights
 
 
 def on_device(model, *tensors):

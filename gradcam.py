@@ -251,7 +251,7 @@ def bootstrap(values, seed=0, resamples=1000):
 
 def read_mask(path, image_path, size):
     """The object's mask as the network sees it, bool (size, size): nothing where there is no file.
-    Raises BadInput if it is unreadable or of another size than the image."""
+    Raises BadInput if it is unreadable, has more than 8 bits or another size, or is the image."""
     if not path.exists():
         return torch.zeros(size, size, dtype=torch.bool)
     advice = "expected a mask of its image's size, with 8 bits; replace it or take it away"

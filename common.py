@@ -481,12 +481,14 @@ class EpochOrder(Sampler):
             yield [(self.epoch, i) for i in batch.tolist()]
 
 
-def make_loader(images, batch_size=128, workers=0, order=None):
-    """Batches (x (B, 3, S, S), y (B,), g (B,), index (B,)) of a data set, as stored or in an
-    EpochOrder."""
+def make_loader(images, batch_size=128, workers=0, order=None, parts=None):
+    """Batches (x (B, 3, S, S), y (B,), g (B,), index (B,)) of a data set: as stored, in an
+    EpochOrder, or of its parts, index tensors (n,), no two of them in one batch."""
+    if parts is not None:
+        order = [some.tolist() for part in parts for some in part.split(batch_size) if len(some)]
     return DataLoader(
         images,
-        **({"batch_sampler": order} if order else {"batch_size": batch_size}),
+        **({"batch_size": batch_size} if order is None else {"batch_sampler": order}),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.accelerator.is_available(),
@@ -1002,7 +1004,7 @@ def logits_under(model, x, variants, unit="channel", traced=None):
 
 def accuracy_under(model, batches, variants, unit="channel"):
     """Accuracy of many modified models over batches (x, y, g, ...): for every variant {group:
-    counts of images, named by COUNTS}. Cheapest where a batch holds few groups; memory does not
+    counts of images, named by COUNTS}. Cheapest where a batch holds one group; memory does not
     grow with the number of variants."""
     counts, traced = [{} for _ in variants], None
     with evaluating(model), torch.inference_mode():
@@ -1024,14 +1026,14 @@ def accuracy_under(model, batches, variants, unit="channel"):
 
 
 def sample_groups(g, groups, most=None, whole=(), seed=0):
-    """Indices, group by group, of at most `most` images of each group (None: all), drawn without
-    replacement; of the groups in `whole` always all. g (N,)."""
+    """A list of indices (n,) for each group, of at most `most` of its images (None: all), drawn
+    without replacement; of the groups in `whole` always all. g (N,)."""
     generator, parts = torch.Generator().manual_seed(seed), []
     for group in groups:
         members = (g == group["group"]).nonzero()[:, 0]
         shuffled = members[torch.randperm(len(members), generator=generator)]
         parts.append((members if group["group"] in whole else shuffled[:most]).sort().values)
-    return torch.cat(parts)
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------

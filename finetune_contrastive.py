@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.func import functional_call
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 import common
@@ -129,7 +128,7 @@ def critical_neurons(model, images, logits, args, counts, epoch):
         if args.gradient_source == "minority":
             index = torch.isin(images.g, torch.tensor(args.minority)).nonzero()[:, 0]
         worst = common.worst_images(logits, images.y, index, generator)
-        batches = common.make_loader(Subset(images, worst.tolist()), args.batch_size, 0)
+        batches = common.make_loader(images, args.batch_size, parts=[worst])
         scores["gradient"] = common.gradient_scores(model, batches, args.unit)
     sign = 1 if args.order == "largest" else -1
     for criterion, layers in scores.items():

@@ -387,7 +387,7 @@ def choose_images(split, groups, n, seed):
     there = [group for group in groups if (split.g == group["group"]).any()]
     chosen = ([group for group in there if group["minority"]] or there)[:n]
     most = math.ceil(n / len(chosen))
-    return common.sample_groups(split.g, chosen, most, seed=seed).tolist()
+    return torch.cat(common.sample_groups(split.g, chosen, most, seed=seed)).tolist()
 
 
 def one_network(image_map, logits):

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import Subset
 
 import common
 
@@ -67,13 +66,12 @@ def main(args):
     minority = [group["group"] for group in groups if group["minority"]]
     index = common.sample_groups(train.g, groups, args.max_per_group, minority, args.seed)
 
-    def batches(index):
-        return common.make_loader(Subset(train, index.tolist()), args.batch_size, args.workers)
+    def batches(parts):
+        return common.make_loader(train, args.batch_size, args.workers, parts=parts)
 
     scores = {("magnitude", "all"): common.magnitude_scores(model, unit)}
-    for j in range(len(groups)):
-        members = index[train.g[index] == j]
-        scores["gradient", j] = common.gradient_scores(model, batches(members), unit)
+    for j, members in enumerate(index):
+        scores["gradient", j] = common.gradient_scores(model, batches([members]), unit)
     rng = np.random.default_rng(args.seed)
     for i in range(args.controls):  # the neurons of largest random score
         drawn = {layer: torch.from_numpy(rng.random(n)) for layer, n in counts.items()}

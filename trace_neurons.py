@@ -24,7 +24,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import Subset
 
 import common
 from common import Variant, short
@@ -103,12 +102,11 @@ def main(args):
     minority = [group["group"] for group in groups if group["minority"]]
     splits = {name: common.open_split(checkpoint, table, name) for name in ("train", "test")}
 
-    def batches(name, index):
-        images = Subset(splits[name], index.tolist())
-        return common.make_loader(images, args.batch_size, args.workers)
+    def batches(name, parts):
+        return common.make_loader(splits[name], args.batch_size, args.workers, parts=parts)
 
     # What there is to trace: accuracy over all images
-    loaders = {name: batches(name, torch.arange(len(split))) for name, split in splits.items()}
+    loaders = {name: batches(name, [torch.arange(len(split))]) for name, split in splits.items()}
     reports, logits = common.evaluate(model, loaders, groups)
     common.print_splits("The network as it is", groups, reports)
 
@@ -119,13 +117,12 @@ def main(args):
         index[name] = common.sample_groups(split.g, groups, args.max_per_group, whole, args.seed)
     train = splits["train"]
     scores = {("magnitude", "all"): common.magnitude_scores(model, unit)}
-    for j in range(len(groups)):
-        members = index["train"][train.g[index["train"]] == j]
+    for j, members in enumerate(index["train"]):
         if args.gradient_samples == "worst":
             generator = torch.Generator().manual_seed(args.seed)
             of_group = (train.g == j).nonzero()[:, 0]
             members = common.worst_images(logits["train"], train.y, of_group, generator)
-        scores["gradient", j] = common.gradient_scores(model, batches("train", members), unit)
+        scores["gradient", j] = common.gradient_scores(model, batches("train", [members]), unit)
     everywhere = common.gradient_scores(model, batches("train", index["train"]), unit)
     total = sum(counts.values())
     listed = min(max(math.ceil(1e-4 * total), *args.top_k, FEW_NEURONS), total)

@@ -193,8 +193,7 @@ def test_table_1():
 
 def test_pixels_follow_from_seed_epoch_image_and_view(tmp_path):
     waterbirds(tmp_path)
-    images = a_split(tmp_path, "table1")
-    state = torch.get_rng_state()
+    images, state = a_split(tmp_path, "table1"), torch.get_rng_state()
     first = images[3, 5][0]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)

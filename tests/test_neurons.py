@@ -198,8 +198,9 @@ def test_accuracy_under_against_really_modified_copies(kind, capsys):
 
 def test_sample_groups():
     g = torch.tensor([0] * 50 + [1] * 20 + [2] * 4)
-    index = common.sample_groups(g, GROUPS, 10, whole=(1,))
-    assert torch.bincount(g[index]).tolist() == [10, 20, 4] and len(index.unique()) == 34
-    assert torch.equal(index, common.sample_groups(g, GROUPS, 10, whole=(1,)))
-    assert not torch.equal(index, common.sample_groups(g, GROUPS, 10, (1,), seed=1))
-    assert len(common.sample_groups(g, GROUPS)) == 74
+    drawn = [common.sample_groups(g, GROUPS, 10, (1,), seed) for seed in (0, 0, 1)]
+    loader = common.make_loader(torch.utils.data.TensorDataset(g), 10, parts=drawn[0])
+    assert [of.tolist() for (of,) in loader] == [10 * [0], 10 * [1], 10 * [1], 4 * [2]]
+    first, again, other = map(torch.cat, drawn)
+    assert len(first.unique()) == 34 and first.equal(again) and not first.equal(other)
+    assert [len(part) for part in common.sample_groups(g, GROUPS)] == [50, 20, 4, 0]

@@ -483,7 +483,8 @@ class EpochOrder(Sampler):
 
 def make_loader(images, batch_size=128, workers=0, order=None, parts=None):
     """Batches (x (B, 3, S, S), y (B,), g (B,), index (B,)) of a data set: as stored, in an
-    EpochOrder, or of its parts, index tensors (n,), no two of them in one batch."""
+    EpochOrder, or of its parts, index tensors (n,), no two of them in one batch, as tracing goes
+    group by group."""
     if parts is not None:
         order = [some.tolist() for part in parts for some in part.split(batch_size) if len(some)]
     return DataLoader(
@@ -1026,7 +1027,7 @@ def accuracy_under(model, batches, variants, unit="channel"):
 
 
 def sample_groups(g, groups, most=None, whole=(), seed=0):
-    """A list of indices (n,) for each group, of at most `most` of its images (None: all), drawn
+    """A list with the indices (n,) of at most `most` images (None: all) of each group, drawn
     without replacement; of the groups in `whole` always all. g (N,)."""
     generator, parts = torch.Generator().manual_seed(seed), []
     for group in groups:

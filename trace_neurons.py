@@ -102,11 +102,11 @@ def main(args):
     minority = [group["group"] for group in groups if group["minority"]]
     splits = {name: common.open_split(checkpoint, table, name) for name in ("train", "test")}
 
-    def batches(name, parts):
+    def batches(name, parts=None):  # None: all images
         return common.make_loader(splits[name], args.batch_size, args.workers, parts=parts)
 
     # What there is to trace: accuracy over all images
-    loaders = {name: batches(name, [torch.arange(len(split))]) for name, split in splits.items()}
+    loaders = {name: batches(name) for name in splits}
     reports, logits = common.evaluate(model, loaders, groups)
     common.print_splits("The network as it is", groups, reports)
 

@@ -4,7 +4,7 @@
     python -m tests.bench --only masks tracing --json bench.json
 
 A row: seconds of our part, of what it is held against, their ratio (with its range) and the goal;
-medians of alternating pairs in one run, one thread, without a progress bar.
+medians of 5 alternating pairs (3 for traces and starts) in one run, one thread, no progress bar.
 """
 
 import argparse

@@ -1,14 +1,17 @@
 """How fast each part is, beside the arithmetic that it cannot do without.
 
-    python -m tests.bench                       # all rows; twenty minutes on two cores
+    python -m tests.bench                       # all rows; half an hour on two cores
     python -m tests.bench --only masks tracing --json bench.json
+    python -m tests.bench --device cuda --only training masks tracing maps
 
 A row: seconds of our part, of what it is held against, their ratio (with its range) and the goal;
-medians of 5 alternating pairs (3 for traces and starts) in one run, one thread, no progress bar.
+medians of 5 alternating pairs in one run, one thread, no progress bar. Off the CPU batches are of
+the paper's size, and all cores read images.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,47 +32,59 @@ import trace_neurons
 
 from .conftest import ROOT, labelled_rows, write_table
 
-rows = []
+rows, machine = [], {"device": "cpu"}
+
+
+def on_device(*tensors):
+    return [tensor.to(machine["device"]) for tensor in tensors]
+
+
+def either(cpu, other):
+    return cpu if machine["device"] == "cpu" else other
 
 
 def seconds(work):
     started = time.perf_counter()
     work()
+    if machine["device"] != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 
-def compare(name, goal, ours, limit, pairs=5):
+def compare(name, goal, ours, limit):
     """Time two functions in turn, after a first call of each, and print their row."""
     ours(), limit()
-    found = [(seconds(ours), seconds(limit)) for _ in range(pairs)]
+    found = [(seconds(ours), seconds(limit)) for _ in range(5)]
     a, b = (statistics.median(times) for times in zip(*found))
     ratios = sorted(a / b for a, b in found)
-    row = {"row": name, "seconds": a, "limit": b, "ratio": a / b, "range": ratios[:: pairs - 1]}
+    row = {"row": name, "seconds": a, "limit": b, "ratio": a / b, "range": ratios[::4]}
     rows.append({**row, "goal": goal})
     low, high = row["range"]
     print(f"{name:58s} {a:9.4f} {b:9.4f} {a / b:6.2f} ({low:.2f}-{high:.2f}) {goal}", flush=True)
 
 
 def photographs(folder):
-    """128 training images, 400 x 300 and of the size of Waterbirds' files, and their table."""
+    """128 images, 400 x 300 and of the size of Waterbirds' files, and their table, in which each
+    stands once in training or, off the CPU, 32 times."""
     rng, table = np.random.default_rng(0), [["img_filename", "y", "place", "split"]]
     for name, y, a, split in labelled_rows(((60, 20, 10, 38), [4] * 4, [4] * 4), "{number}.jpg"):
         coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
         pixels = np.asarray(coarse.resize((400, 300), Image.BICUBIC)) * 0.8
         pixels += rng.integers(0, 40, (300, 400, 1))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / name, quality=90)
-        table.append([name, y, a, split])
+        table += [[name, y, a, split]] * either(1, 32)
     write_table(folder, table)
     return common.read_table(folder)
 
 
 def split_of(table, size, augment="none"):
-    return common.Images(table, "train", size, [0.5] * 3, [0.2] * 3, augment)
+    return common.Images(table, "train", size, augment)
 
 
 def network(arch, size):
     torch.manual_seed(0)
-    return common.build_model(arch, 2, size).to(memory_format=torch.channels_last)
+    model = common.build_model(arch, 2, size)
+    return model.to(machine["device"], memory_format=torch.channels_last)
 
 
 def training(table):
@@ -85,20 +100,23 @@ def training(table):
 def passes(name, table, arch, size, batch_size, goals):
     model, augment = network(arch, size), "crop-flip" if arch == "resnet10" else "table1"
     optimizer = torch.optim.Adam(model.parameters(), 1e-5)
-    order = common.EpochOrder(64 if arch == "resnet50" else 128, batch_size, 0)
-    loader = common.make_loader(split_of(table, size, augment), order=order)
-    batches = list(loader)
+    n, batch_size = (64 if arch == "resnet50" else 128), either(batch_size, 256)
+    split, workers = split_of(table, size, augment), either(0, os.cpu_count())
+    order = common.EpochOrder(either(n, len(split)), batch_size, 0)
+    loader = common.make_loader(split, workers=workers, order=order)
+    batches = [common.on_device(model, x, y) for x, y, *_ in loader]
 
     def epoch(batches):
         model.train()
         for x, y, *_ in batches:
+            x, y = common.on_device(model, x, y)
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
 
     compare(f"ERM epoch, {name}", goals[0], lambda: epoch(loader), lambda: epoch(batches))
-    some = torch.utils.data.Subset(split_of(table, size), range(order.n))
-    evaluated = common.make_loader(some, batch_size)
+    some = [torch.arange(order.n)]
+    evaluated = common.make_loader(split_of(table, size), batch_size, workers, parts=some)
 
     def forward():
         with torch.inference_mode():
@@ -128,13 +146,18 @@ def images(table):
 def ready(name, split):
     to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.2] * 3)]
     transform = v2.Compose([*split.transform.transforms, *to_float])
+    some, model = [[(1, i) for i in range(64)]], network("resnet10", 48)
+
+    def ours():
+        for x, *_ in common.make_loader(split, order=some):
+            common.on_device(model, x)
 
     def bare():
         for file in split.files[:64]:
             with Image.open(split.root / file) as image:
                 transform(image.convert("RGB"))
 
-    compare(name, "<= 1.10", lambda: split.__getitems__([(1, i) for i in range(64)]), bare)
+    compare(name, "<= 1.10", ours, bare)
 
 
 def masks(_):
@@ -147,7 +170,8 @@ def masks(_):
         32,
         0,
     )
-    x, y = torch.randn(16, 2, 3, 128, 128), torch.arange(16) % 2
+    n, side = either(16, 128), either(128, 224)
+    x, y = on_device(torch.randn(n, 2, 3, side, side), torch.arange(n) % 2)
     neurons = common.top_neurons(common.magnitude_scores(model), 3)
     mask, softmax = common.neuron_masks(model, neurons), torch.nn.Softmax(1)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
@@ -161,7 +185,8 @@ def masks(_):
         (model(x[:, 0]).square().mean() + model(x[:, 1]).square().mean()).backward()
 
     compare("fine-tuning step, two forwards and their backward", "<= 1.10", step, passes)
-    batch = torch.randn(128, 3, 64, 64), torch.arange(128) % 2
+    side = either(64, 224)
+    batch = on_device(torch.randn(128, 3, side, side), torch.arange(128) % 2)
 
     def backward():
         F.cross_entropy(model.eval()(batch[0]), batch[1]).backward()
@@ -187,24 +212,25 @@ def tracing(_):
     model = network("resnet50", 224).eval()
     scores = common.magnitude_scores(model)
     variants = [common.Variant(common.top_neurons({n: s}, 3)) for n, s in scores.items()]
-    traced = common.trace_graph(model, torch.zeros(2, 3, 64, 64))
+    traced = common.trace_graph(model, *on_device(torch.zeros(2, 3, 64, 64)))
 
     def structured(x, variants, traced=traced):
         with torch.inference_mode():
             common.logits_under(model, x, variants, traced=traced)
 
-    x, small = torch.randn(12, 3, 224, 224), torch.randn(24, 3, 96, 96)
+    n = either(12, 128)
+    x, small = on_device(torch.randn(n, 3, 224, 224), torch.randn(2 * n, 3, 96, 96))
     ours, full = lambda: structured(x, variants), lambda: structured(x, variants, None)
-    compare("structured trace at 224, every variant by full passes", "<= 0.50", ours, full, 3)
-    fewer = lambda: structured(small[:12], variants)
+    compare("structured trace at 224, every variant by full passes", "<= 0.50", ours, full)
+    fewer = lambda: structured(small[:n], variants)
     more = lambda: structured(small, variants)
-    compare("structured trace at 96, 24 and 12 images", "about 2", more, fewer, 3)
+    compare("structured trace at 96, twice the images", "about 2", more, fewer)
     less = lambda: structured(small, variants[::2])
-    compare("structured trace at 96, 53 and 27 variants", "about 2", more, less, 3)
+    compare("structured trace at 96, twice the variants", "about 2", more, less)
 
     # Stage 2 as planned, of which a seventeenth; neurons of a network before training
-    n, args = 32, trace_neurons.parse_args([])
-    x, g = torch.randn(n, 3, 112, 112), torch.arange(n) % 4
+    n, args = either(32, 512), trace_neurons.parse_args([])
+    x, g = on_device(torch.randn(n, 3, 112, 112), torch.arange(n) % 4)
     ranked = {("magnitude", "all"): common.top_neurons(scores, 10)}
     for j in range(4):
         gradient = common.gradient_scores(model, [(x[g == j], g[g == j] // 2)])
@@ -217,17 +243,18 @@ def tracing(_):
             structured(x[g == j], everywhere, None)
 
     ours = lambda: common.accuracy_under(model, [(x, g // 2, g)], planned)
-    compare("unstructured trace as planned, all by full passes", "<= 0.35", ours, full_passes, 3)
+    compare("unstructured trace as planned, all by full passes", "<= 0.35", ours, full_passes)
 
 
 def maps(_):
-    model, x = network("resnet50", 224).eval(), torch.randn(8, 3, 224, 224)
+    model = network("resnet50", 224).eval()
+    (x,) = on_device(torch.randn(either(8, 128), 3, 224, 224))
 
     def backward():
         model(x)[:, 0].sum().backward()
 
     ours = lambda: gradcam.grad_cam(model, x, "layer4.2.conv3", 0)
-    compare("Grad-CAM of 8 images, forward and backward", "<= 0.50", ours, backward)
+    compare("Grad-CAM of a batch, forward and backward", "<= 0.50", ours, backward)
 
 
 def starting(table):
@@ -239,14 +266,14 @@ def starting(table):
 
     imports = python("-c", "import torch, timm")
     helped = python("train_erm.py", "--help")
-    compare("train_erm.py --help, import torch and timm", "+ 0.5 s", helped, imports, 3)
+    compare("train_erm.py --help, import torch and timm", "+ 0.5 s", helped, imports)
     until = "import os, runpy, torch; torch.optim.Adam.step = lambda _: os._exit(0); "
     until += "runpy.run_path('train_erm.py', run_name='__main__')"
     with tempfile.TemporaryDirectory() as run:
         flags = f"--data {table.source} --run {run}/r --arch resnet18 --weights none --size 64"
         flags += " --batch-size 16 --workers 0"
         first = python("-c", until, *flags.split())
-        compare("train_erm.py to its first step, the same import", "+ 1.5 s", first, imports, 3)
+        compare("train_erm.py to its first step, the same import", "+ 1.5 s", first, imports)
 
 
 def peak(table):
@@ -311,11 +338,14 @@ def main():
     names = [section.__name__ for section in SECTIONS]
     p.add_argument("--only", nargs="+", choices=names, default=names, help="(all)")
     p.add_argument("--json", type=Path, help="also write the rows to this file")
+    p.add_argument("--device", default="cpu", help="(cpu)")
+    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(fp32)")
     args = p.parse_args()
+    machine["device"] = args.device
     torch.set_num_threads(1)
     print(f"{'our part, held against':58s} {'seconds':>9s} {'limit':>9s} {'ratio':>6s} goal")
-    machine = common.machine(gradcam.parse_args([]))  # as in the scripts
-    with machine, tempfile.TemporaryDirectory() as folder:
+    flags = gradcam.parse_args(["--device", args.device, "--precision", args.precision])
+    with common.machine(flags), tempfile.TemporaryDirectory() as folder:
         table = photographs(Path(folder))
         for section in SECTIONS:
             if section.__name__ in args.only:

@@ -118,11 +118,9 @@ def main(args):
         print("nothing measured: no object masks (--masks DIR)")
 
     # Figures and tables, which take the place of older ones as a whole
-    pictures = x * torch.tensor(checkpoint["std"]).view(3, 1, 1)
-    pictures += torch.tensor(checkpoint["mean"]).view(3, 1, 1)
     heading = f"Grad-CAM of {layer or 'the last feature map'}, {explained}"
     path = new / "fig10_gradcam.png"
-    plot_images(pictures, shown, drawn, shapes, classes, heading, path)
+    plot_images(x, shown, drawn, shapes, classes, heading, path)
     results = {"stage": "gradcam", "source": table.source, "arch": checkpoint["arch"]}
     results |= {"before": str(args.before), "after": dict(zip(after, map(str, args.after)))}
     results |= {"layer": layer, "grid": grid, "target": args.target, "classes": classes}
@@ -436,12 +434,12 @@ def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
     fig = Figure(figsize=size, layout="constrained")
     axes, heat = fig.subplots(n_rows, len(drawn), squeeze=False), None
     for i, row in enumerate(drawn):
-        picture = pictures[i].clamp(0, 1).permute(1, 2, 0).numpy()
+        picture = pictures[i].permute(1, 2, 0).numpy()
         axes[0][i].imshow(picture)
         axes[0][i].set_xlabel(textwrap.fill(row["caption"], 16), fontsize=7)
         for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items()):
             says = row["networks"][name]
-            ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
             if says["empty"]:
                 style = {"ha": "center", "va": "center", "fontsize": 8, "backgroundcolor": "white"}
                 ax.text(0.5, 0.5, "map is empty", transform=ax.transAxes, **style)

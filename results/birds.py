@@ -30,12 +30,11 @@ def main(args):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = common.build_model("resnet10", 14, 48).to(memory_format=torch.channels_last).train()
-    mean, std = (model.pretrained_cfg[key] for key in ("mean", "std"))
     optimizer = torch.optim.Adam(model.parameters())
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps)
     for _ in tqdm(range(args.steps), "birds", disable=None):
         x, numbers = draw(128, generator)
-        loss = F.mse_loss(model(common.normalise(x, mean, std)), numbers)
+        loss = F.mse_loss(model(*common.on_device(model, x)), numbers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

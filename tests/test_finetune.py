@@ -217,12 +217,12 @@ def test_epochs_by_hand(run, more):
         assert {*neurons} == pruned_of(folder, epoch)
         order = torch.Generator().manual_seed(common.seed_of(3, epoch))
         for images in torch.randperm(32, generator=order).view(2, 16).tolist():
-            x, y = torch.stack([split[epoch, i][0] for i in images]), split.y[images]
+            (x,) = common.on_device(model, torch.stack([split[epoch, i][0] for i in images]))
             optimizer.zero_grad()
             r = model(x[:, 0]).softmax(1)
             pruned = zeroed(model, neurons)
             r_p = pruned(x[:, 0 if "one" in more else 1]).softmax(1)
-            loss = stage.nt_xent(r, r_p) + 0.2 * (r - F.one_hot(y)).square().sum()
+            loss = stage.nt_xent(r, r_p) + 0.2 * (r - F.one_hot(split.y[images])).square().sum()
             loss.backward()
             for layer, i in neurons:
                 pruned.get_submodule(layer).weight.grad[i] = 0

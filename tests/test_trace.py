@@ -42,8 +42,7 @@ def on_planted(monkeypatch):
 
 
 def trace(script, run, more=""):
-    flags = ["--run", str(run), "--device", "cpu", "--workers", "0", *more.split()]
-    args = script.parse_args(flags)
+    args = script.parse_args(f"--run {run} --device cpu --workers 0 {more}".split())
     with common.machine(args):
         script.main(args)
 
@@ -114,10 +113,10 @@ def traced(erm_run, tmp_path_factory, request):
     more = "--repeats 2 --controls 39 --sigma 0.3 0.1 --top-k 1 3 5"
     trace(trace_neurons, folder, f"{flags} {more}")
     trace(structured_trace, folder, flags)
-    model, saved, table = common.reopen(checkpoint)
-    splits = {}
+    (model, saved, table), splits = common.reopen(checkpoint), {}
     for name in ("train", "test"):
-        splits[name] = next(iter(common.make_loader(common.open_split(saved, table, name))))[:3]
+        batch = next(iter(common.make_loader(common.open_split(saved, table, name))))
+        splits[name] = common.on_device(model, *batch[:3])
     return model, splits, folder
 
 

@@ -110,7 +110,7 @@ def test_steps_by_hand(train, tmp_path, head):
     for epoch in (1, 2):
         order = torch.Generator().manual_seed(common.seed_of(3, epoch))
         batch = torch.randperm(32, generator=order).tolist()
-        logits = model(torch.stack([images[epoch, i][0] for i in batch]))
+        logits = model(*common.on_device(model, torch.stack([images[epoch, i][0] for i in batch])))
         loss = F.cross_entropy(logits.softmax(1) if head == "softmax" else logits, images.y[batch])
         assert saved["log"][epoch - 1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
         optimizer.zero_grad()
@@ -120,12 +120,15 @@ def test_steps_by_hand(train, tmp_path, head):
         assert torch.allclose(value, saved["model"][key], atol=3e-5), key
 
 
-def test_half_precision_is_near_full_precision(erm_run, tmp_path):
+def test_half_precision_is_near_full_precision(erm_run, tmp_path, train, monkeypatch):
     data = ["--data", erm_run / "data", "--run", tmp_path, *SMALL.split(), "--epochs", 1]
     run_script("train_erm.py", *data, "--precision", "bf16")
     run_script("finetune_contrastive.py", "--run", tmp_path, "--epochs", 1, "--precision", "bf16")
     half, full = (content(run / "erm")[1][0]["loss"] for run in (tmp_path, erm_run / "run"))
     assert half != full and half == pytest.approx(full, rel=0.05)
+    for gain, hint in ((2, True), (1, False)):  # in the first line
+        monkeypatch.setattr(common, "bf16_gain", lambda _, gain=gain: gain)
+        assert ("bf16 is faster here" in train("--overwrite").splitlines()[0]) == hint
 
 
 def test_more_epochs_extend_a_run(train, erm_run, tmp_path):

@@ -1064,7 +1064,7 @@ def make_parser(description, notes):
     there = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator().type if there else "cpu"
     g.add_argument("--device", default=device, help="cpu, cuda, mps, xpu (%(default)s)")
-    cores = "to read images (cores, at most 8; built-in set 0, but on CUDA)"
+    cores = "to read images (cores, at most 16; built-in set 0, but on CUDA)"
     g.add_argument("--workers", type=int, help=cores)
     choices, half = ["fp32", "bf16"], "bf16: 16 bits in convolutions and matrix products (fp32)"
     g.add_argument("--precision", choices=choices, default="fp32", help=half)
@@ -1133,11 +1133,11 @@ def check_finite(loss, model, epoch, lr):
 
 def fill_defaults(args, table, **defaults):
     """Give arguments that were left out (None) their default, and print all of them and whether
-    bf16 would gain. Of --workers it is the cores at hand, at most 8; 0 for the built-in set, which
+    bf16 would gain. Of --workers it is the cores at hand, at most 16; 0 for the built-in set, which
     lies in memory, but on CUDA, where one core augments it slower than a step takes."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     alone = table.source == "synthetic" and not args.device.startswith("cuda")
-    defaults["workers"] = 0 if alone else min(8, len(cores))
+    defaults["workers"] = 0 if alone else min(16, len(cores))
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

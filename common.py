@@ -398,9 +398,9 @@ def seed_of(*numbers):
 
 class Images(Dataset):
     """One split. images[i], or images[epoch, i] in training, gives (x, y, g, i): x uint8 (3, S, S),
-    or (V, 3, S, S) for V > 1 views, which on_device normalises. What is random in view v of image i
-    depends on (seed, epoch, i, v) alone: not on workers, nor on what was drawn before. difficulty:
-    of the built-in set."""
+    or (V, 3, S, S) for V > 1 views; on_device normalises batches of it. What is random in view v of
+    image i depends on (seed, epoch, i, v) alone: not on workers, nor on what was drawn before.
+    difficulty: of the built-in set."""
 
     def __init__(self, table, split, size, augment="none", difficulty=0.2, views=1, seed=0):
         rows = np.flatnonzero(table.split == SPLITS.index(split))
@@ -415,11 +415,11 @@ class Images(Dataset):
             raise BadInput(f"{table.root}: {some}; was the archive unpacked completely?")
         self.transform = make_transform(size, augment, drawn=bool(self.built_in))
         # In evaluation the pixels are fixed: kept where they fit, for all workers together
-        self.fixed = augment == "none" and views == 1
-        self.in_memory = self.fixed and bool(self.built_in)
+        fixed = augment == "none" and views == 1
+        self.in_memory = fixed and bool(self.built_in)
         self.kept, there = None, Path("/dev/shm").exists()
         room = min(4e9, shutil.disk_usage("/dev/shm").free / 2) if there else 0
-        if self.fixed and not self.in_memory and len(rows) * 3 * size**2 < room:
+        if fixed and not self.in_memory and len(rows) * 3 * size**2 < room:
             self.kept = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8).share_memory_()
             self.known = torch.zeros(len(rows)).bool().share_memory_()
 
@@ -474,12 +474,12 @@ class EpochOrder(Sampler):
 
 
 def make_loader(images, batch_size=128, workers=0, order=None, parts=None):
-    """Batches (x (B, 3, S, S), y (B,), g (B,), index (B,)) of a data set: as stored, in an
+    """Batches (x uint8 (B, 3, S, S), y (B,), g (B,), index (B,)) of Images: as stored, in an
     EpochOrder, or of its parts, index tensors (n,), no two of them in one batch, as tracing goes
     group by group."""
     if parts is not None:
         order = [some.tolist() for part in parts for some in part.split(batch_size) if len(some)]
-    workers = 0 if getattr(images, "in_memory", False) else workers
+    workers = 0 if getattr(images, "in_memory", False) else workers  # there is nothing to read
     return DataLoader(
         images,
         **({"batch_size": batch_size} if order is None else {"batch_sampler": order}),
@@ -651,15 +651,16 @@ def evaluating(model):
 
 
 def on_device(model, *tensors):
-    """Tensors on the model's device, without waiting for them; pixels, uint8 (..., 3, H, W), also
-    scaled to [0, 1] and normalised by the model's mean and std: here, as bytes travel four times as
-    fast as numbers, and a batch takes a tenth of the time that its images take one by one."""
+    """Tensors on the model's device, on CUDA without waiting for them. Batches of pixels, uint8
+    (B, ..., 3, H, W), are scaled to [0, 1] and normalised by the mean and std in the model's
+    pretrained_cfg, if it has them: here, as bytes travel four times as fast as numbers, and a batch
+    takes a tenth of the time that its images take one by one."""
     device, moved = next(model.parameters(), tensors[0]).device, []
+    config, fast = getattr(model, "pretrained_cfg", {}), {"non_blocking": device.type == "cuda"}
     for tensor in tensors:
-        tensor = tensor.to(device, non_blocking=True)
-        if tensor.dtype == torch.uint8 and tensor.dim() > 3:
-            mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
-            mean, std = (values.to(device, non_blocking=True) for values in (mean, std))
+        tensor = tensor.to(device, **fast)
+        if tensor.dtype == torch.uint8 and tensor.dim() > 3 and "mean" in config:
+            mean, std = (torch.tensor(config[key]).to(device, **fast) for key in ("mean", "std"))
             tensor = v2.functional.to_dtype(tensor, scale=True)
             tensor = v2.functional.normalize(tensor, mean, std, inplace=True)
         moved.append(tensor)
@@ -892,11 +893,12 @@ def worst_images(logits, y, index, generator, highest=256, draw=128):
 def top_neurons(scores, k):
     """The k neurons with the LARGEST scores over all layers, largest first; of equals the one in
     the earlier layer, then of the lower index. scores {layer: (n,)} -> list of (layer, index)."""
-    flat = torch.cat(list(scores.values())).float()
+    flat = torch.cat(list(scores.values()))
     if not 1 <= k <= len(flat):
         raise BadInput(f"top {k} of {len(flat)} neurons: expected 1 to {len(flat)}")
-    least = np.partition(flat.cpu(), -k)[-k]  # takes a fifth of the time of topk
-    enough = (flat >= float(least)).nonzero()[:, 0]
+    rounded = flat.detach().float()
+    least = np.partition(rounded.cpu(), -k)[-k]  # takes a fifth of the time of topk on a CPU
+    enough = (rounded >= float(least)).nonzero()[:, 0]
     best = enough[flat[enough].sort(descending=True, stable=True).indices[:k]]
     return locate(best.tolist(), {layer: len(values) for layer, values in scores.items()})
 
@@ -1064,7 +1066,7 @@ def make_parser(description, notes):
     there = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator().type if there else "cpu"
     g.add_argument("--device", default=device, help="cpu, cuda, mps, xpu (%(default)s)")
-    cores = "to read images (cores, at most 16; built-in set 0, but on CUDA)"
+    cores = "to read images (cores, at most 8; built-in set on a CPU 0)"
     g.add_argument("--workers", type=int, help=cores)
     choices, half = ["fp32", "bf16"], "bf16: 16 bits in convolutions and matrix products (fp32)"
     g.add_argument("--precision", choices=choices, default="fp32", help=half)
@@ -1099,8 +1101,6 @@ def machine(args):
     half = args.precision == "bf16"
     try:
         device = torch.empty(0, device=args.device).device.type
-        if device == "cuda":  # as its convolutions: ViT-S/16 takes 89 ms a step in place of 194
-            torch.backends.cuda.matmul.allow_tf32 = True
         return torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
@@ -1133,11 +1133,11 @@ def check_finite(loss, model, epoch, lr):
 
 def fill_defaults(args, table, **defaults):
     """Give arguments that were left out (None) their default, and print all of them and whether
-    bf16 would gain. Of --workers it is the cores at hand, at most 16; 0 for the built-in set, which
+    bf16 would gain. Of --workers it is the cores at hand, at most 8; 0 for the built-in set, which
     lies in memory, but on CUDA, where one core augments it slower than a step takes."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     alone = table.source == "synthetic" and not args.device.startswith("cuda")
-    defaults["workers"] = 0 if alone else min(16, len(cores))
+    defaults["workers"] = 0 if alone else min(8, len(cores))
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

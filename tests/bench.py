@@ -35,10 +35,6 @@ from .conftest import ROOT, labelled_rows, write_table
 rows, machine = [], {"device": "cpu"}
 
 
-def on_device(*tensors):
-    return [tensor.to(machine["device"]) for tensor in tensors]
-
-
 def either(cpu, other):
     return cpu if machine["device"] == "cpu" else other
 
@@ -47,7 +43,7 @@ def seconds(work):
     started = time.perf_counter()
     work()
     if machine["device"] != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(machine["device"])
     return time.perf_counter() - started
 
 
@@ -64,8 +60,8 @@ def compare(name, goal, ours, limit):
 
 
 def photographs(folder):
-    """128 images, 400 x 300 and of the size of Waterbirds' files, and their table, in which each
-    stands once in training or, off the CPU, 32 times."""
+    """Images of 400 x 300 pixels and of the size of Waterbirds' files, 128 of them in training, and
+    their table; off the CPU each stands 32 times in it."""
     rng, table = np.random.default_rng(0), [["img_filename", "y", "place", "split"]]
     for name, y, a, split in labelled_rows(((60, 20, 10, 38), [4] * 4, [4] * 4), "{number}.jpg"):
         coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
@@ -127,7 +123,7 @@ def passes(name, table, arch, size, batch_size, goals):
 
 
 def images(table):
-    """Pixels: by the Dataset, by a bare loop; a first and a second pass; two workers."""
+    """Pixels as the network takes them, by a loader, by a bare loop; second passes; two workers."""
     ready("64 images with Table 1 at 224, bare loop", split_of(table, 224, "table1"))
     split = split_of(table, 128, "crop-flip")
     ready("64 images with crop and flip at 128, bare loop", split)
@@ -171,7 +167,7 @@ def masks(_):
         0,
     )
     n, side = either(16, 128), either(128, 224)
-    x, y = on_device(torch.randn(n, 2, 3, side, side), torch.arange(n) % 2)
+    x, y = common.on_device(model, torch.randn(n, 2, 3, side, side), torch.arange(n) % 2)
     neurons = common.top_neurons(common.magnitude_scores(model), 3)
     mask, softmax = common.neuron_masks(model, neurons), torch.nn.Softmax(1)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
@@ -186,7 +182,7 @@ def masks(_):
 
     compare("fine-tuning step, two forwards and their backward", "<= 1.10", step, passes)
     side = either(64, 224)
-    batch = on_device(torch.randn(128, 3, side, side), torch.arange(128) % 2)
+    batch = common.on_device(model, torch.randn(128, 3, side, side), torch.arange(128) % 2)
 
     def backward():
         F.cross_entropy(model.eval()(batch[0]), batch[1]).backward()
@@ -212,14 +208,14 @@ def tracing(_):
     model = network("resnet50", 224).eval()
     scores = common.magnitude_scores(model)
     variants = [common.Variant(common.top_neurons({n: s}, 3)) for n, s in scores.items()]
-    traced = common.trace_graph(model, *on_device(torch.zeros(2, 3, 64, 64)))
+    traced = common.trace_graph(model, *common.on_device(model, torch.zeros(2, 3, 64, 64)))
 
     def structured(x, variants, traced=traced):
         with torch.inference_mode():
             common.logits_under(model, x, variants, traced=traced)
 
     n = either(12, 128)
-    x, small = on_device(torch.randn(n, 3, 224, 224), torch.randn(2 * n, 3, 96, 96))
+    x, small = common.on_device(model, torch.randn(n, 3, 224, 224), torch.randn(2 * n, 3, 96, 96))
     ours, full = lambda: structured(x, variants), lambda: structured(x, variants, None)
     compare("structured trace at 224, every variant by full passes", "<= 0.50", ours, full)
     fewer = lambda: structured(small[:n], variants)
@@ -230,7 +226,7 @@ def tracing(_):
 
     # Stage 2 as planned, of which a seventeenth; neurons of a network before training
     n, args = either(32, 512), trace_neurons.parse_args([])
-    x, g = on_device(torch.randn(n, 3, 112, 112), torch.arange(n) % 4)
+    x, g = common.on_device(model, torch.randn(n, 3, 112, 112), torch.arange(n) % 4)
     ranked = {("magnitude", "all"): common.top_neurons(scores, 10)}
     for j in range(4):
         gradient = common.gradient_scores(model, [(x[g == j], g[g == j] // 2)])
@@ -248,7 +244,7 @@ def tracing(_):
 
 def maps(_):
     model = network("resnet50", 224).eval()
-    (x,) = on_device(torch.randn(either(8, 128), 3, 224, 224))
+    (x,) = common.on_device(model, torch.randn(either(8, 128), 3, 224, 224))
 
     def backward():
         model(x)[:, 0].sum().backward()
@@ -271,7 +267,7 @@ def starting(table):
     until += "runpy.run_path('train_erm.py', run_name='__main__')"
     with tempfile.TemporaryDirectory() as run:
         flags = f"--data {table.source} --run {run}/r --arch resnet18 --weights none --size 64"
-        flags += " --batch-size 16 --workers 0"
+        flags += " --batch-size 16 --workers 0 --device cpu"
         first = python("-c", until, *flags.split())
         compare("train_erm.py to its first step, the same import", "+ 1.5 s", first, imports)
 
@@ -294,18 +290,19 @@ def peak(table):
     bare = "import sys, tests.bench as b; b."
     step, two = (process("-c", f"{bare}step(int(sys.argv[1]))", n) for n in (1, 2))
     with tempfile.TemporaryDirectory() as run:
-        resnet = f"--data {table.source} --arch resnet50 --weights none --size 160 --workers 0"
-        few = "--max-per-group 8 --batch-size 32 --workers 0"
+        resnet = f"--data {table.source} --arch resnet50 --weights none --size 160"
+        few = "--max-per-group 8 --batch-size 32"
         stages = {
             f"train_erm.py {resnet} --epochs 1 --batch-size 32": step,
             f"trace_neurons.py {few} --controls 0 --repeats 1 --sigma 0.01": step,
             f"structured_trace.py {few}": step,
-            "finetune_contrastive.py --epochs 1 --workers 0": two,
-            "gradcam.py --batch-size 32 --workers 0": step,
+            "finetune_contrastive.py --epochs 1": two,
+            "gradcam.py --batch-size 32": step,
         }
         for command, limit in stages.items():
             name = f"peak MB, {command.partition(' ')[0]}, a step of training"
-            show(name, process(*command.split(), "--run", run), limit, {"goal": "<= 1.30"})
+            command += f" --run {run} --workers 0 --device cpu"
+            show(name, process(*command.split()), limit, {"goal": "<= 1.30"})
     found = []
     for numbers in ((24, 20), (96, 20), (24, 80)):
         found.append(process("-c", f"{bare}trace(*map(int, sys.argv[1:]))", *numbers))

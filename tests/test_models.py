@@ -127,8 +127,8 @@ def test_what_cannot_be_built(arch, size, words):
 def test_round_trip(tmp_path):
     model = build_model("resnet10", 2, 32)
     save_checkpoint(tmp_path / "a.pt", model, **ABOUT)
-    again, checkpoint = load_model(tmp_path / "a.pt")
-    assert checkpoint["epoch"] == 7 and not again.training
+    again, saved = load_model(tmp_path / "a.pt")
+    assert saved["epoch"] == 7 and not again.training and again.pretrained_cfg["mean"] == [0.5] * 3
     assert_body(again, model.state_dict(), head=())  # the head too
     assert common.fingerprint_of(model) == common.fingerprint_of(again)
     again.fc.bias.data[0] += 1e-3

@@ -121,14 +121,14 @@ def test_steps_by_hand(train, tmp_path, head):
 
 
 def test_half_precision_is_near_full_precision(erm_run, tmp_path, train, monkeypatch):
-    data = ["--data", erm_run / "data", "--run", tmp_path, *SMALL.split(), "--epochs", 1]
-    run_script("train_erm.py", *data, "--precision", "bf16")
-    run_script("finetune_contrastive.py", "--run", tmp_path, "--epochs", 1, "--precision", "bf16")
+    half = ["--run", tmp_path, "--epochs", 1, "--precision", "bf16"]
+    run_script("train_erm.py", "--data", erm_run / "data", *SMALL.split(), *half)
+    run_script("finetune_contrastive.py", *half)
     half, full = (content(run / "erm")[1][0]["loss"] for run in (tmp_path, erm_run / "run"))
     assert half != full and half == pytest.approx(full, rel=0.05)
     for gain, hint in ((2, True), (1, False)):  # in the first line
         monkeypatch.setattr(common, "bf16_gain", lambda _, gain=gain: gain)
-        assert ("bf16 is faster here" in train("--overwrite").splitlines()[0]) == hint
+        assert ("bf16 is faster here" in train("--overwrite --epochs 1").splitlines()[0]) == hint
 
 
 def test_more_epochs_extend_a_run(train, erm_run, tmp_path):

@@ -656,11 +656,13 @@ def on_device(model, *tensors):
     pretrained_cfg, if it has them: here, as bytes travel four times as fast as numbers, and a batch
     takes a tenth of the time that its images take one by one."""
     device, moved = next(model.parameters(), tensors[0]).device, []
-    config, fast = getattr(model, "pretrained_cfg", {}), {"non_blocking": device.type == "cuda"}
+    config = getattr(model, "pretrained_cfg", {})
+    fast = device.type == "cuda"  # mps would copy what is freed meanwhile
     for tensor in tensors:
-        tensor = tensor.to(device, **fast)
+        tensor = tensor.to(device, non_blocking=fast)
         if tensor.dtype == torch.uint8 and tensor.dim() > 3 and "mean" in config:
-            mean, std = (torch.tensor(config[key]).to(device, **fast) for key in ("mean", "std"))
+            mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
+            mean, std = mean.to(device, non_blocking=fast), std.to(device, non_blocking=fast)
             tensor = v2.functional.to_dtype(tensor, scale=True)
             tensor = v2.functional.normalize(tensor, mean, std, inplace=True)
         moved.append(tensor)
@@ -896,7 +898,7 @@ def top_neurons(scores, k):
     flat = torch.cat(list(scores.values()))
     if not 1 <= k <= len(flat):
         raise BadInput(f"top {k} of {len(flat)} neurons: expected 1 to {len(flat)}")
-    rounded = flat.detach().float()
+    rounded = flat.detach().float()  # numpy has no bfloat16
     least = np.partition(rounded.cpu(), -k)[-k]  # takes a fifth of the time of topk on a CPU
     enough = (rounded >= float(least)).nonzero()[:, 0]
     best = enough[flat[enough].sort(descending=True, stable=True).indices[:k]]
@@ -1109,10 +1111,9 @@ def machine(args):
 
 def bf16_gain(device):
     """How much faster a convolution is in bf16 on this device, by trying."""
-    seconds = []
+    n, seconds = 8 if device == "cpu" else 256, []  # small kernels would hide what a GPU gains
     for dtype in (torch.float32, torch.bfloat16):
         kind = {"dtype": dtype, "device": device}
-        n = 8 if device == "cpu" else 256  # the start of a kernel would hide what a GPU gains
         x = torch.ones(n, 64, 64, 64, **kind).to(memory_format=torch.channels_last)
         weight = torch.ones(64, 64, 3, 3, **kind).to(memory_format=torch.channels_last)
         for _ in range(3):  # the first one is slow

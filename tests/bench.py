@@ -159,13 +159,7 @@ def ready(name, split):
 def masks(_):
     """Fine-tuning: a step, and both masks."""
     model, args = network("resnet50", 128), finetune_contrastive.parse_args([])
-    args.erm_head, args.unit, args.minority, args.batch_size, args.seed = (
-        "linear",
-        "channel",
-        [],
-        32,
-        0,
-    )
+    vars(args).update(erm_head="linear", unit="channel", minority=[], batch_size=32, seed=0)
     n, side = either(16, 128), either(128, 224)
     x, y = common.on_device(model, torch.randn(n, 2, 3, side, side), torch.arange(n) % 2)
     neurons = common.top_neurons(common.magnitude_scores(model), 3)

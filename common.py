@@ -45,6 +45,7 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.func import functional_call
+from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -959,26 +960,28 @@ class _Fork(torch.fx.Interpreter):
 
     def __init__(self, traced, model, variants, unit):
         super().__init__(traced)
-        self.model, self.unit, self.done, self.logits, self.waiting = model, unit, {}, {}, {}
-        self.rest = torch.fx.Interpreter(traced)
+        self.model, self.unit, self.logits, self.waiting = model, unit, {}, {}
         layers = prunable_layers(model)  # by parameter, so that tied weights are right
         for number, variant in enumerate(variants):
             self.waiting[number] = {id(layers[layer]) for layer, _ in variant.neurons}, variant
 
     def run_node(self, node):
-        used = set()
+        used, rests = set(), self.module.rests
         if node.op in ("call_module", "get_attr"):
             part = attrgetter(node.target)(self.module)
             weights = part.parameters() if node.op == "call_module" else [part]
             used = {id(weight) for weight in weights}
         for number in [n for n, (changed, _) in self.waiting.items() if changed & used]:
             _, variant = self.waiting.pop(number)
-            # Values still needed are copied together, as layers may overwrite them and what shares
-            # their memory; nodes that are done and no longer needed are None, not to be run again
-            kept = dict(zip(self.env, copy.deepcopy(list(self.env.values()))))
+            if node not in rests:  # as a module of its own, which is faster than node by node
+                nodes = [*self.module.graph.nodes]
+                nodes = nodes[nodes.index(node) : -1]  # the last one stands for the output
+                rests[node] = fuse_as_graphmodule(self.module, nodes, "Rest")
+            rest, taken, _ = rests[node]
+            # Values are copied together, as layers may overwrite them and what shares their memory
+            taken = copy.deepcopy([self.env[other] for other in taken])
             with variant.applied(self.model, self.unit):
-                self.logits[number] = self.rest.run(initial_env={**self.done, **kept})
-        self.done[node] = None
+                self.logits[number] = rest(*taken)
         return super().run_node(node)
 
 
@@ -991,6 +994,7 @@ def trace_graph(model, x):
     """The network as a torch.fx graph; None, with a warning, where that gives other logits."""
     with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
         traced = torch.fx.GraphModule(model, _Tracer().trace(model))
+        traced.rests = {}  # {node: the network from there on}
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced
     warn("torch.fx cannot trace this network; every variant takes a full pass")

@@ -1097,10 +1097,10 @@ def machine(args):
     """The context for a stage's main(), from its machine flags: torch.autocast, on for bf16, with
     no cache, as weights change inside. Raises BadInput if --device is not there."""
     with contextlib.suppress(AttributeError, TypeError):  # only glibc has mallopt
-        # Freed memory, up to 128 MiB, is kept: fetching it anew makes a short step 10 % longer
+        # Freed memory is kept, of large tensors too: to fetch it anew takes a fifth of a step
         libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**27)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a tensor
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses

@@ -269,10 +269,10 @@ def main(args):
         order.epoch = epoch  # order and augmentation follow from (seed, epoch)
         model.train()
         for x, y, *_ in tqdm(batches, f"epoch {epoch}", disable=None, leave=False):
+            optimizer.zero_grad()  # in front, as old gradients need not lie beside activations
             x, y = common.on_device(model, x, y)
             terms = losses(model, x, y, masks, buffers, project, args)
             loss = sum(terms.values())  # eq. 2.3
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             for name, term in terms.items():

@@ -126,10 +126,10 @@ def main(args):
         order.epoch = epoch
         model.train()
         for x, y, *_ in tqdm(train, f"epoch {epoch}", disable=None, leave=False):
+            optimizer.zero_grad()  # in front, as old gradients need not lie beside activations
             x, y = common.on_device(model, x, y)
             logits = model(x).float()  # (B, C); bf16 has 3 digits, too few for a loss
             loss = F.cross_entropy(logits.softmax(1) if args.head == "softmax" else logits, y)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(y)

@@ -977,11 +977,11 @@ class _Fork(torch.fx.Interpreter):
                 nodes = [*self.module.graph.nodes]
                 nodes = nodes[nodes.index(node) : -1]  # the last one stands for the output
                 rests[node] = fuse_as_graphmodule(self.module, nodes, "Rest")
-            rest, taken, _ = rests[node]
+            rest, inputs, _ = rests[node]
             # Values are copied together, as layers may overwrite them and what shares their memory
-            taken = copy.deepcopy([self.env[other] for other in taken])
+            values = copy.deepcopy([self.env[earlier] for earlier in inputs])
             with variant.applied(self.model, self.unit):
-                self.logits[number] = rest(*taken)
+                self.logits[number] = rest(*values)
         return super().run_node(node)
 
 

@@ -32,8 +32,7 @@ from tqdm import tqdm
 import common
 from common import BadInput, short
 
-FILES = ("args.json", "fig10_gradcam.png", "results.json")
-FILES += ("focus.csv", "focus.png")  # the latter of earlier versions
+FILES = ("args.json", "fig10_gradcam.png", "focus.csv", "results.json")
 MEASURES = ("mass", "pointing")  # share of mass inside the object, pointing game
 CONTROLS = ("random head", "gaussian")
 NORM = r"blocks\.\d+\.norm1"  # of transformers: the first one of a block
@@ -60,7 +59,7 @@ def parse_args(argv=None):
     g.add_argument("--after", nargs="+", type=Path, metavar="FILE", help=after)
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g = p.add_argument_group("maps")
-    g.add_argument("--layer", help="(the last feature map)")
+    g.add_argument("--layer", help="whose output is mapped (see below)")
     g.add_argument("--target", default="label", help="(label)")
     g = p.add_argument_group("images")
     g.add_argument("--n", type=int, default=8, help="images to draw from the minority groups (8)")
@@ -395,12 +394,6 @@ def one_network(image_map, logits):
     return {**says, "empty": bool(is_empty(image_map[None])[0])}
 
 
-def in_words(says, classes, label):
-    """'landbird 93 %', with '(wrong)' behind it where it is."""
-    wrong = " (wrong)" if says["predicted"] != label else ""
-    return f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{wrong}"
-
-
 def print_focus(rows):
     print("\nFocus on the object over the test split, in %, mean [95 % interval]; * minority")
     group = None
@@ -448,7 +441,9 @@ def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
                 heat = ax.imshow(scaled, cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
-            ax.set_xlabel(in_words(says, classes, row["label"]), fontsize=7)
+            wrong = " (wrong)" if says["predicted"] != row["label"] else ""
+            answer = f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{wrong}"
+            ax.set_xlabel(answer, fontsize=7)
     for ax, name in zip(axes[:, 0], ["image", *shown]):
         ax.set_ylabel(name, fontsize=9)
     for ax in axes.flat:

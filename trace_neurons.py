@@ -47,10 +47,10 @@ NOTES = """In brackets: the default.
 --max-per-group     a random sample; minority groups in training are always traced whole
 --gradient-samples  of a group, all its traced training images (section 2.1.1), or 128 drawn from
                     its 256 with the highest loss (section 4.1)
---top-k             all are zeroed; the random modifications and the figures take those up to 3
+--top-k             every K is zeroed; the random modifications and the figures use K up to 3
 --repeats           draws of noise, the same ones for every k, sigma and criterion
---controls          so many random sets of 3 neurons of all layers, and as many of the same layers
-                    as each critical set; 0: none, else at least 39, for their 95 % range
+--controls          N random sets of 3 neurons from all layers, and for each critical set N more
+                    from that set's layers; 0: none, else at least 39, for their 95 % range
 """
 
 
@@ -78,18 +78,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def check(args, n_neurons):
-    """Refuse settings that do nothing or cannot be."""
-    common.check_flags(args, "batch_size", "max_per_group", "repeats")
-    for sigma in args.sigma:
-        if not 0 < sigma < math.inf:
-            raise common.BadInput(f"--sigma {sigma}: must be positive; noise of 0 does nothing")
-    if min(args.top_k) < 1 or max(args.top_k) > n_neurons:
-        raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {n_neurons}, their number")
-    if args.controls and not 39 <= args.controls <= 10**6:
-        raise common.BadInput("--controls: expected 0, or 39 (for a 95 % range) to 1000000")
-
-
 def main(args):
     # The network and its data; a folder to write into, before anything is computed
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
@@ -97,7 +85,14 @@ def main(args):
     groups, most = table.groups, 100 if table.source == "synthetic" else None
     common.fill_defaults(args, table, max_per_group=most)
     unit, counts = common.count_neurons(model, args.unit)
-    check(args, sum(counts.values()))
+    total = sum(counts.values())
+    common.check_flags(args, "batch_size", "max_per_group", "repeats")
+    if not all(0 < sigma < math.inf for sigma in args.sigma):
+        raise common.BadInput(f"--sigma {args.sigma}: must be positive; noise of 0 does nothing")
+    if min(args.top_k) < 1 or max(args.top_k) > total:
+        raise common.BadInput(f"--top-k {args.top_k}: expected 1 to {total}, their number")
+    if args.controls and not 39 <= args.controls <= 10**6:
+        raise common.BadInput("--controls: expected 0, or 39 (for a 95 % range) to 1000000")
     new = common.new_folder(args.run / "trace", args, FILES)
     minority = [group["group"] for group in groups if group["minority"]]
     splits = {name: common.open_split(checkpoint, table, name) for name in ("train", "test")}
@@ -124,7 +119,6 @@ def main(args):
             members = common.worst_images(logits["train"], train.y, of_group, generator)
         scores["gradient", j] = common.gradient_scores(model, batches("train", [members]), unit)
     everywhere = common.gradient_scores(model, batches("train", index["train"]), unit)
-    total = sum(counts.values())
     listed = min(max(math.ceil(1e-4 * total), *args.top_k, FEW_NEURONS), total)
     ranked = {key: common.top_neurons(values, listed) for key, values in scores.items()}
 

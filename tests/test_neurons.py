@@ -135,15 +135,15 @@ def test_masked_modified_and_as_it_was(unit, index, how):
 
 
 class Odd(torch.nn.Module):
-    """Overwrites its input, uses a convolution twice, and overwrites in place what a view and a
-    skip were taken of; on demand with a branch."""
+    """Overwrites its input, uses a convolution twice, overwrites in place what a view and a skip
+    were taken of, and ends with a layer that no logit needs; on demand with a branch."""
 
     def __init__(self, branching):
         super().__init__()
         torch.manual_seed(0)
         self.stem, self.conv = (torch.nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8))
-        self.last, self.head = torch.nn.Conv2d(8, 8, 1), torch.nn.Linear(8, 2)
-        self.branching = branching
+        self.last, self.unused = (torch.nn.Conv2d(8, 8, 1) for _ in range(2))
+        self.head, self.branching = torch.nn.Linear(8, 2), branching
 
     def forward(self, x):
         skip = self.stem(x.sub_(0.1))
@@ -154,7 +154,7 @@ class Odd(torch.nn.Module):
             x = x * 2
         x = self.last(self.conv(x))
         x += skip
-        return self.head(x.mean((2, 3)) + view.mean(2))
+        return (self.head(x.mean((2, 3)) + view.mean(2)), self.unused(x))[0]
 
 
 def by_brute_force(model, data, variant, unit):

@@ -1195,9 +1195,12 @@ def _beside(folder, what):
     return folder.with_name(f".{folder.name}.{what}")
 
 
+LITTER = (".DS_Store", ".nfs*")  # of macOS; of NFS, where a file is replaced while it is read
+
+
 def check_folder(folder, names):
-    """Raises BadInput if a stage's folder holds anything but what this stage writes (`names`, file
-    patterns), as it may be emptied. Before that, undoes what a kill left half-done."""
+    """Raises BadInput if a stage's folder holds anything but LITTER and what this stage writes
+    (`names`, file patterns), as it may be emptied. Before, undoes what a kill left half-done."""
     old = _beside(folder, "old")
     if old.exists() and not folder.exists():
         old.rename(os.path.realpath(folder))
@@ -1208,7 +1211,7 @@ def check_folder(folder, names):
     for path in sorted(folder.iterdir()) if folder.exists() else []:
         unfinished = re.fullmatch(r"\.(.*)\.new", path.name)  # what `write` was writing
         file = unfinished[1] if unfinished else path.name
-        if not any(fnmatch.fnmatch(file, name) for name in names):
+        if not any(fnmatch.fnmatch(file, name) for name in (*names, *LITTER)):
             raise BadInput(f"{path} is not of this stage; move it away or choose another --run")
         if unfinished:
             path.unlink()

@@ -268,7 +268,7 @@ def starting(table):
 
 def peak(table):
     """Peak memory of each stage, ResNet-50 at 160 pixels, batches of 32, beside that of a process
-    with model, optimizer and one step; of tracing, many images and variants beside few."""
+    with model, optimizer and two steps; of tracing, many images and variants beside few."""
 
     def process(*arguments):
         code = "import resource, subprocess as s, sys; s.run(sys.argv[1:], check=True); "
@@ -305,11 +305,15 @@ def peak(table):
 
 
 def step(forwards):
-    """One step of training, as many forward passes in it."""
+    """Two steps of training, as Adam's moments are there from the second one on; so many forward
+    passes in each."""
     model, y = network("resnet50", 160).train(), torch.arange(32) % 2
     optimizer = torch.optim.Adam(model.parameters(), 1e-5)
-    sum(F.cross_entropy(model(torch.randn(32, 3, 160, 160)), y) for _ in range(forwards)).backward()
-    optimizer.step()
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = [model(torch.randn(32, 3, 160, 160)) for _ in range(forwards)]
+        sum(F.cross_entropy(one, y) for one in logits).backward()
+        optimizer.step()
 
 
 def trace(n, variants):

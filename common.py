@@ -979,11 +979,12 @@ class _Fork(torch.fx.Interpreter):
                 nodes = nodes[nodes.index(node) : -1]  # the last one stands for the output
                 rests[node] = fuse_as_graphmodule(self.module, nodes, "Rest")
             rest, inputs, outputs = rests[node]
+            if not outputs:
+                continue  # no logit needs this layer
             # Values are copied together, as layers may overwrite them and what shares their memory
             values = copy.deepcopy([self.env[earlier] for earlier in inputs])
             with variant.applied(self.model, self.unit):
-                if outputs:  # else no logit needs this layer
-                    self.logits[number] = rest(*values)
+                self.logits[number] = rest(*values)
         return super().run_node(node)
 
 
@@ -1208,14 +1209,16 @@ def check_folder(folder, names):
     shutil.rmtree(_beside(folder, "new"), ignore_errors=True)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; move it away or choose another --run")
-    for path in sorted(folder.iterdir()) if folder.exists() else []:
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    found = [path for path in found if not any(map(path.match, LITTER))]
+    for path in found:
         unfinished = re.fullmatch(r"\.(.*)\.new", path.name)  # what `write` was writing
         file = unfinished[1] if unfinished else path.name
-        if not any(fnmatch.fnmatch(file, name) for name in (*names, *LITTER)):
+        if not any(fnmatch.fnmatch(file, name) for name in names):
             raise BadInput(f"{path} is not of this stage; move it away or choose another --run")
         if unfinished:
             path.unlink()
-    if folder.exists() and any(folder.iterdir()) and "stage" not in read_json(folder / "args.json"):
+    if any(path.exists() for path in found) and "stage" not in read_json(folder / "args.json"):
         raise BadInput(f"{folder}/args.json is not of this project; choose another --run")
 
 

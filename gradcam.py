@@ -7,66 +7,80 @@
 Paper: section 2.2.4, Figure 10. For some test images of the minority groups: the image and the maps
 of the ERM network and of the fine-tuned one. Where masks of the object exist, also over the whole
 test split and per group: the share of a map's mass inside the object and the pointing game, beside
-two controls: ERM's network with an untrained head, a centred Gaussian. Writes RUN/gradcam/ (as a
-whole): args.json, fig10_gradcam.png, results.json and, with masks, focus.csv.
+two controls: ERM's network with an untrained head, a centred Gaussian. Writes RUN/gradcam/:
+args.json, focus.csv (with masks), results.json and fig10_gradcam.png.
 """
 
 import copy
 import math
 import re
-import signal
 import textwrap
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import common
 from common import BadInput, short
 
-FILES = ("args.json", "fig10_gradcam.png", "focus.csv", "results.json")
+FILES = ("args.json", "focus.csv", "results.json", "fig10_gradcam.png")
 MEASURES = ("mass", "pointing")  # share of mass inside the object, pointing game
-CONTROLS = ("random head", "gaussian")
-NORM = r"blocks\.\d+\.norm1"  # of transformers: the first one of a block
-
-NOTES = """In brackets: the default.
-
---layer   module whose output is mapped, by dotted name (resnet50: layer4.2.conv3, as in the
-          paper; a transformer with a class token: the first norm of its last block; else the
-          network's last feature map)
---target  class whose logit is explained: label, each image's own; predicted; or a class number.
-          Paper: dimension 0, here landbird or non-blond; in its released code, whose encoding is
-          reversed, waterbird or blond
---masks   PNGs of the same relative path and size as the test images; object is what exceeds half
-          of a file's largest value. The built-in set has its own; other data are not measured
-          without
-"""
 
 
 def parse_args(argv=None):
-    p = common.make_parser(__doc__, NOTES)
+    p = common.make_parser(f"{__doc__}\nIn brackets: the default.")
     g = p.add_argument_group("networks")
     g.add_argument("--before", type=Path, help="upper row (RUN/erm/best.pt)")
-    after = "rows below (RUN/finetune/best.pt)"
-    g.add_argument("--after", nargs="+", type=Path, metavar="FILE", help=after)
+    g.add_argument(
+        "--after",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="rows below (RUN/finetune/best.pt)",
+    )
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g = p.add_argument_group("maps")
-    g.add_argument("--layer", help="whose output is mapped (see below)")
-    g.add_argument("--target", default="label", help="(label)")
+    g.add_argument(
+        "--layer",
+        help="module whose output is mapped, by dotted name (resnet50: layer4.2.conv3, as in the "
+        "paper; a transformer with a class token: the first norm of its last block; else the "
+        "network's last feature map)",
+    )
+    g.add_argument(
+        "--target",
+        default="label",
+        help="class whose logit is explained: label, each image's own; predicted; or a class "
+        "number. Paper: dimension 0, here landbird or non-blond; in its released code, whose "
+        "encoding is reversed, waterbird or blond (label)",
+    )
     g = p.add_argument_group("images")
-    g.add_argument("--n", type=int, default=8, help="images to draw from the minority groups (8)")
-    g.add_argument("--masks", type=Path, metavar="DIR", help="object masks of the test images")
+    g.add_argument(
+        "--n",
+        type=common.count,
+        default=8,
+        help="images to draw from the minority groups (8)",
+    )
+    g.add_argument(
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="folder of object masks, PNGs of the same relative path and size as the test images; "
+        "object is what exceeds half of a file's largest value (a folder `masks` beside the "
+        "metadata, if there is one; else nothing is measured)",
+    )
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0, help="of images, new head and bootstrap (0)")
-    g.add_argument("--batch-size", type=int, default=128, help="images a pass (128)")
+    g.add_argument(
+        "--seed",
+        type=common.seed,
+        default=0,
+        help="draws the images, the control's new head and the bootstrap (0)",
+    )
+    g.add_argument(
+        "--batch-size", type=common.count, default=128, help="images in a forward pass (128)"
+    )
     return p.parse_args(argv)
 
 
@@ -76,87 +90,126 @@ def main(args):
     args.after = args.after or [args.run / "finetune" / "best.pt"]
     models, checkpoint, table = load_networks(args)
     before, *after = models
-    built_in, classes = table.source == "synthetic", checkpoint["classes"]
-    common.fill_defaults(args, table)
-    common.check_flags(args, "n", "batch_size")
+    classes = checkpoint["classes"]
+    beside = Path(table.source).parent / "masks"
+    if args.masks is None and beside.is_dir():
+        args.masks = beside
+    common.print_settings(args)
     explained = check_target(args.target, classes)
     layer = choose_layer(args.layer, models[before], checkpoint["arch"])
     grid = check_layer(models[before], layer, checkpoint["size"])
-    new = common.new_folder(args.run / "gradcam", args, FILES)
+    place = layer or "the last feature map"
+    print(f"Grad-CAM of {place} ({grid[0]} x {grid[1]}), {explained}")
     test = common.open_split(checkpoint, table, "test")
+    folder = args.run / "gradcam"
+    common.open_folder(folder, FILES)
 
     # The picture: a seeded choice of images
-    index, shapes = choose_images(test, table.groups, args.n, args.seed), None
-    x, y, g, _ = default_collate([test[i] for i in index])
-    if args.masks or built_in:
-        shapes = object_masks(test, index, checkpoint["size"], args.masks)
-    shown = {name: explain(model, x, y, layer, args.target) for name, model in models.items()}
-    drawn = []
-    for i, j in enumerate(g.tolist()):
-        networks = {name: one_network(maps[i], logits[i]) for name, (maps, logits) in shown.items()}
-        caption = f"{short(table.groups[j])} {table.groups[j]['name']}"
-        about = {"file": test.files[index[i]], "caption": caption, "label": int(y[i])}
-        drawn.append({**about, "networks": networks})
-    print(f"Grad-CAM of {layer or 'the last feature map'} ({grid[0]} x {grid[1]}), {explained}")
+    index = choose_images(test, table.groups, args.n, args.seed)
+    chosen = common.Batches(test, args.device, order=[index])
+    shapes = object_masks(test, index, args.masks) if args.masks else None
+    shown = {}
+    for name, model in models.items():
+        for x, y, *_ in chosen:
+            shown[name] = explain(model, x, y, layer, args.target)
+    images = []
+    for i, at in enumerate(index):
+        group = table.groups[int(test.g[at])]
+        networks = {}
+        for name, (maps, logits) in shown.items():
+            confidence, predicted = logits[i].softmax(0).max(0)
+            networks[name] = {
+                "predicted": int(predicted),
+                "confidence": round(float(confidence), 4),
+                "empty": bool(is_empty(maps[i : i + 1])),
+            }
+        images.append(
+            {
+                "file": test.files[at],
+                "caption": f"{short(group)} {group['name']}",
+                "label": int(test.y[at]),
+                "networks": networks,
+            }
+        )
 
     # The numbers: the whole test split, where the object's place is known
-    rows, without = [], 0
-    if args.masks or built_in:
+    rows = []
+    without = 0
+    if args.masks:
         measured = {**models, "random head": random_head(models[before], args.seed)}
-        loader = common.make_loader(test, args.batch_size, args.workers)
-        scores, area = measure(measured, test, loader, layer, args, checkpoint["size"])
+        batches = common.Batches(test, args.device, args.batch_size, args.workers)
+        scores, area = measure(measured, test, batches, layer, args)
         without = int((area == 0).sum())
         if without == len(test):
             raise BadInput(f"--masks {args.masks}: of {without} images none has a mask there")
         if without:
             common.warn(f"{without} of {len(test)} images have no mask, or an empty one")
         rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
-        common.write_csv(new / "focus.csv", rows)
+    results = {
+        "stage": "gradcam",
+        "source": table.source,
+        "arch": checkpoint["arch"],
+        "before": str(args.before),
+        "after": dict(zip(after, map(str, args.after), strict=True)),
+        "erm": checkpoint.get("erm"),
+        "networks": {name: common.fingerprint_of(model) for name, model in models.items()},
+        "layer": layer,
+        "grid": grid,
+        "target": args.target,
+        "classes": classes,
+        "images": images,
+        "without_mask": without,
+        "focus": rows,
+    }
+    numbers = {
+        "args.json": common.run_record("gradcam", args),
+        "focus.csv": rows or None,
+        "fig10_gradcam.png": None,
+        "results.json": results,
+    }
+    common.write(folder, numbers)
+    if args.masks:
         print_focus(rows)
     else:
         print("nothing measured: no object masks (--masks DIR)")
 
-    # Figures and tables, which take the place of older ones as a whole
-    heading = f"Grad-CAM of {layer or 'the last feature map'}, {explained}"
-    path = new / "fig10_gradcam.png"
-    plot_images(x, shown, drawn, shapes, classes, heading, path)
-    results = {"stage": "gradcam", "source": table.source, "arch": checkpoint["arch"]}
-    results |= {"before": str(args.before), "after": dict(zip(after, map(str, args.after)))}
-    results |= {"layer": layer, "grid": grid, "target": args.target, "classes": classes}
-    results |= {"images": drawn, "without_mask": without, "focus": rows}
-    common.write_json(new / "results.json", results)
-    common.replace_folder(new, args.run / "gradcam")
-    print(f"wrote {args.run}/gradcam/")
+    pictures = [test[i][0] for i in index]
+    heading = f"Grad-CAM of {place}, {explained}"
+    figure = plot_images(pictures, shown, images, shapes, classes, heading)
+    common.write(folder, {"fig10_gradcam.png": figure})
+    print(f"wrote {folder}/")
 
 
 # ---- the method ----
 
 
-def grad_cam(model, x, layer=None, target=None):
+def grad_cam(model, x, layer=None, target=None, channels_last=None):
     """Grad-CAM of the logit of class `target` (a number, or one per image (B,); default: the
     predicted class) for normalised images x (B, 3, H, W), at the output of module `layer` or, by
-    default, of the last feature map, which timm's networks alone tell. Returns maps (B, H, W), not
-    negative, not scaled, and logits (B, C). In eval mode; leaves no hook, no .grad and all modes as
-    they were."""
-    activation, gradient, logits = activations(model, x, layer, target)
+    default, of the last feature map, which timm's networks alone tell. channels_last: whether a map
+    of that layer is (B, H, W, C); timm's networks tell. Returns maps (B, H, W), not negative, not
+    scaled, and logits (B, C). In eval mode; leaves no hook, no .grad and all modes as they were."""
+    activation, gradient, logits = activations(model, x, layer, target, channels_last)
     weights = gradient.mean((2, 3), keepdim=True)
     maps = (weights * activation).sum(1, keepdim=True).relu()
-    maps = F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)
+    maps = torch.nn.functional.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)
     return maps[:, 0], logits
 
 
-def activations(model, x, layer=None, target=None):
+def activations(model, x, layer=None, target=None, channels_last=None):
     """What `layer` gives and its gradient of the target's logit, both (B, C, h, w), and logits."""
     kept = []
 
-    def cut(_, inputs, out):
+    def cut(module, inputs, out):
         if not torch.is_tensor(out) or len(out) != len(x):
             raise ValueError(f"{layer or 'the last feature map'}: not a tensor with all images")
         torch.set_grad_enabled(True)  # from here on; no_grad, around the pass, ends it
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # what goes on may be overwritten, by an in-place ReLU
 
-    hook = model.get_submodule(layer).register_forward_hook(cut) if layer is not None else None
+    hook = None
+    if layer is not None:
+        hook = model.get_submodule(layer).register_forward_hook(cut)
     try:
         with common.evaluating(model), torch.inference_mode(False), torch.no_grad():
             if layer is not None:
@@ -171,29 +224,34 @@ def activations(model, x, layer=None, target=None):
     finally:
         if hook:
             hook.remove()
-    values = kept[0].detach().float(), gradient.float()
-    return *(as_grid(model, x, value) for value in values), logits.detach().float()
+    if channels_last is None:
+        channels_last = gives_channels_last(model, layer)
+    activation = as_grid(model, kept[0].detach().float(), channels_last)
+    return activation, as_grid(model, gradient.float(), channels_last), logits.detach().float()
 
 
-def as_grid(model, x, values):
-    """What a layer gives for images x (B, 3, H, W) as (B, C, h, w): tokens (B, T, C) without class
-    and register tokens, in rows; channels that come last (Swin) in front."""
+def gives_channels_last(model, layer):
+    """Whether a layer of one of timm's networks gives maps (B, H, W, C). A convolution never does,
+    a linear layer always."""
+    if layer is not None:
+        module = model.get_submodule(layer)
+        if isinstance(module, torch.nn.Conv2d):
+            return False
+        if isinstance(module, torch.nn.Linear):
+            return True
+    return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+
+
+def as_grid(model, values, channels_last):
+    """What a layer gives as (B, C, h, w): maps as they are, or with channels in front; tokens
+    (B, T, C) in rows, without the class and register tokens that timm's networks tell of."""
     if values.dim() == 4:
-        last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-        # Of both readings that whose map has more nearly the picture's shape
-        first, second, third = values.shape[1:]
-        wide = x.shape[3] / x.shape[2]
-        off, off_last = abs(math.log(third / second / wide)), abs(math.log(second / first / wide))
-        if off != off_last:
-            last = off_last < off
-        return values.permute(0, 3, 1, 2) if last else values
+        return values.permute(0, 3, 1, 2) if channels_last else values
     if values.dim() == 3:
-        # The first number of other tokens that leaves a square (XCiT's blocks have patches only)
-        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1):
-            patches = values[:, prefix:]
-            side = math.isqrt(patches.shape[1])
-            if side > 0 and side**2 == patches.shape[1]:
-                return patches.transpose(1, 2).unflatten(2, (side, side))
+        patches = values[:, getattr(model, "num_prefix_tokens", 0) :]
+        side = math.isqrt(patches.shape[1])
+        if side > 0 and side**2 == patches.shape[1]:
+            return patches.transpose(1, 2).unflatten(2, (side, side))
     raise ValueError(f"gives {tuple(values.shape[1:])} for an image, which is no map")
 
 
@@ -247,39 +305,41 @@ def bootstrap(values, seed=0, resamples=1000):
 
 
 def read_mask(path, image_path, size):
-    """The object's mask as the network sees it, bool (size, size): nothing where there is no file.
-    Raises BadInput if it is unreadable, has more than 8 bits or another size, or is the image."""
-    if not path.exists():
-        return torch.zeros(size, size, dtype=torch.bool)
+    """The object's mask as the network sees it, bool (size, size). Raises BadInput if it is
+    unreadable, has more than 8 bits or another size, or is the image itself."""
     advice = "expected a mask of its image's size, with 8 bits; replace it or take it away"
     with common.reading(path, advice), Image.open(path) as mask, Image.open(image_path) as image:
         if mask.size != image.size or mask.mode[0] in "IF" or path.samefile(image_path):
-            what = f"{mask.size} pixels of mode {mask.mode}, its image {image_path} {image.size}"
-            raise BadInput(f"{path}: has {what}; {advice}")
+            raise BadInput(
+                f"{path}: has {mask.size} pixels of mode {mask.mode}, its image {image_path} "
+                f"{image.size}; {advice}"
+            )
         grey = np.asarray(mask.convert("L"))
     # CUB's grey values count annotators: more than half of them, or what is on in a binary mask
     binary = Image.fromarray(np.where(grey > grey.max() / 2, 255, 0).astype(np.uint8))
     return common.make_transform(size)(binary)[0] > 127
 
 
-def object_masks(images, index, size, folder=None):
+def object_masks(images, index, folder):
     """Masks of the images `index`, bool (B, size, size), without a pixel where there is none."""
-    if folder is None:
-        return common.draw_split(*images.built_in)[1][index]
     masks = []
     for i in index:
-        path = folder / Path(images.files[i]).with_suffix(".png")
-        masks.append(read_mask(path, images.root / images.files[i], size))
+        path = common.find_file(folder, str(Path(images.files[i]).with_suffix(".png")))
+        if path is None:
+            masks.append(torch.zeros(images.size, images.size, dtype=torch.bool))
+        else:
+            masks.append(read_mask(path, images.paths[i], images.size))
     return torch.stack(masks)
 
 
-def measure(models, test, loader, layer, args, size):
+def measure(models, test, batches, layer, args):
     """Focus of every model on the whole split, {name: (N, 2)}, and the object's share of each image
     (N,), 0 without a mask."""
-    scores, area = {name: [] for name in (*models, "gaussian")}, []
-    blob = gaussian(size)
-    for x, y, _, index in tqdm(loader, "maps", disable=None, leave=False):
-        masks = object_masks(test, index, size, args.masks)
+    scores = {name: [] for name in (*models, "gaussian")}
+    area = []
+    blob = gaussian(test.size)
+    for x, y, _, index in tqdm(batches, "maps", disable=None, leave=False):
+        masks = object_masks(test, index.tolist(), args.masks)
         area.append(masks.float().mean((1, 2)))
         for name, model in models.items():
             maps, _ = explain(model, x, y, layer, args.target)
@@ -290,8 +350,13 @@ def measure(models, test, loader, layer, args, size):
 
 def explain(model, x, y, layer, target):
     """Maps (B, S, S) and logits (B, C), on the CPU, for --target."""
-    wanted = int(target) if target.isdigit() else {"label": y, "predicted": None}[target]
-    maps, logits = grad_cam(model, *common.on_device(model, x), layer, wanted)
+    if target == "label":
+        wanted = y
+    elif target == "predicted":
+        wanted = None
+    else:
+        wanted = int(target)
+    maps, logits = grad_cam(model, x, layer, wanted)
     return maps.cpu(), logits.cpu()
 
 
@@ -309,13 +374,19 @@ def focus_rows(scores, area, g, groups, before, after, seed):
             continue
         for name, values in columns.items():
             mean, (low, high) = bootstrap(values[members], seed)
-            row = {"model": name, **{key: group[key] for key in ("group", "name", "minority")}}
-            row |= {"n": int(members.sum()), "empty": int(values[members, 0].isnan().sum())}
-            row["area"] = round(float(area[members].mean()), 4)
-            for j, key in enumerate(MEASURES):
+            row = {
+                "model": name,
+                "group": group["group"],
+                "name": group["name"],
+                "minority": group["minority"],
+                "n": int(members.sum()),
+                "empty": int(values[members, 0].isnan().sum()),
+                "area": round(float(area[members].mean()), 4),
+            }
+            for j, measure in enumerate(MEASURES):
                 for end, numbers in (("", mean), ("_low", low), ("_high", high)):
                     number = float(numbers[j])
-                    row[key + end] = None if math.isnan(number) else round(number, 4)
+                    row[measure + end] = None if math.isnan(number) else round(number, 4)
             rows.append(row)
     return rows
 
@@ -329,49 +400,62 @@ def load_networks(args):
     model, checkpoint, table = common.reopen(args.before, args.data, args.device)
     paths = [args.before, *args.after]
     names = [path.resolve().parent.name for path in paths]
-    if len({*names, *CONTROLS}) < len(names) + len(CONTROLS):
+    controls = ("random head", "gaussian")
+    if len({*names, *controls}) < len(names) + len(controls):
         names = [str(path) for path in paths]
-    if len({*names}) < len(names):
+    if len(set(names)) < len(names):
         raise BadInput(f"--before and --after name one checkpoint twice: {', '.join(names)}")
     models = {names[0]: model}
-    for name, path in zip(names[1:], args.after):
+    for name, path in zip(names[1:], args.after, strict=True):
         models[name], other = common.load_model(path, args.device)
         if any(other[key] != checkpoint[key] for key in ("arch", "size", "classes")):
             raise BadInput(f"{path} and {args.before} must be alike in arch, size and classes")
+        if common.erm_of(other) != common.erm_of(checkpoint):
+            common.warn(
+                f"{path} did not start from the training that {args.before} is of; was ERM run "
+                "again since?"
+            )
     return models, checkpoint, table
 
 
 def choose_layer(layer, model, arch):
     """The layer asked for (the paper writes layer4.2.conv3.weight), or the default (None: the last
     feature map)."""
-    if layer is None:
-        norms = [name for name, _ in model.named_modules() if re.fullmatch(NORM, name)]
-        tokens = norms and getattr(model, "num_prefix_tokens", 0) > 0
-        return "layer4.2.conv3" if arch == "resnet50" else norms[-1] if tokens else None
-    return layer.removesuffix(".weight")
+    if layer is not None:
+        return layer.removesuffix(".weight")
+    if arch == "resnet50":
+        return "layer4.2.conv3"
+    norms = [name for name, _ in model.named_modules() if re.fullmatch(r"blocks\.\d+\.norm1", name)]
+    if norms and getattr(model, "num_prefix_tokens", 0) > 0:
+        return norms[-1]
+    return None
 
 
 def check_layer(model, layer, size):
     """Height and width [h, w] of the layer's map. Raises BadInput where it is no map, or where the
     logits do not depend on it."""
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    likely = ", ".join(list(common.prunable_layers(model))[-5:])
+    noise = noise.to(next(model.parameters()).device)
+    likely = ", ".join(name.removesuffix(".weight") for name in list(model.state_dict())[-5:])
     place = "the last feature map" if layer is None else f"--layer {layer}"
     with common.reading(place, f"name another --layer; the last ones are {likely}"):
-        _, gradient, _ = activations(model, *common.on_device(model, noise), layer, 0)
+        _, gradient, _ = activations(model, noise, layer, 0)
         if not gradient.any():
             raise ValueError("the logits do not depend on the patches")
     grid = list(gradient.shape[2:])
     if min(grid) < 4:
-        told = f"the map has {grid[0]} x {grid[1]} positions for {size} x {size} pixels"
-        common.warn(f"{told} and says little about where; an earlier --layer has more")
+        common.warn(
+            f"the map has {grid[0]} x {grid[1]} positions for {size} x {size} pixels and says "
+            "little about where; an earlier --layer has more"
+        )
     return grid
 
 
 def check_target(target, classes):
     """Which class is explained, in words. Raises BadInput."""
     known = {"label": "each image's own class", "predicted": "the class that each network predicts"}
-    known |= {str(c): f"class {c} ({name})" for c, name in enumerate(classes)}
+    for number, name in enumerate(classes):
+        known[str(number)] = f"class {number} ({name})"
     if target not in known:
         expected = "; ".join(f"{name}, {words}" for name, words in known.items())
         raise BadInput(f"--target {target}: expected {expected}")
@@ -382,16 +466,10 @@ def choose_images(split, groups, n, seed):
     """Indices of n images, rounded up to equal shares of the first n minority groups or, where none
     is one, of all groups."""
     there = [group for group in groups if (split.g == group["group"]).any()]
-    chosen = ([group for group in there if group["minority"]] or there)[:n]
+    minority = [group for group in there if group["minority"]]
+    chosen = (minority or there)[:n]
     most = math.ceil(n / len(chosen))
     return torch.cat(common.sample_groups(split.g, chosen, most, seed=seed)).tolist()
-
-
-def one_network(image_map, logits):
-    """What one network says of one image (map (H, W), logits (C,)), as plain types."""
-    confidence, predicted = logits.softmax(0).max(0)
-    says = {"predicted": int(predicted), "confidence": round(float(confidence), 4)}
-    return {**says, "empty": bool(is_empty(image_map[None])[0])}
 
 
 def print_focus(rows):
@@ -399,8 +477,11 @@ def print_focus(rows):
     group = None
     for row in rows:
         if row["group"] != group:
-            group, object_share = row["group"], f"object {100 * row['area']:.1f} % of the image"
-            print(f"{short(row)} {row['name']}, n = {row['n']}, {object_share}")
+            group = row["group"]
+            print(
+                f"{short(row)} {row['name']}, n = {row['n']}, object {100 * row['area']:.1f} % of "
+                "the image"
+            )
         cells = " ".join(f"{key} {with_interval(row, key):26s}" for key in MEASURES)
         empty = f" empty {row['empty']}" if row["empty"] else ""
         print(f"  {row['model']:28s} {cells}{empty}".rstrip())
@@ -415,36 +496,47 @@ def with_interval(row, key):
     return f"{mean} [{low}, {high}]"
 
 
-# ---- the figures ----
+# ---- the figure ----
 
 
-def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
+def plot_images(pictures, shown, images, shapes, classes, heading):
     """Figure 10: a column per image, the picture on top and a row of maps per network, the earlier
     network first. A map is scaled by its own maximum and laid over the picture in grey; white: the
     object's outline, where it is known."""
     n_rows = 1 + len(shown)
-    size = (max(4.5, 1 + 1.3 * len(drawn)), 0.6 + 1.5 * n_rows)
-    fig = Figure(figsize=size, layout="constrained")
-    axes, heat = fig.subplots(n_rows, len(drawn), squeeze=False), None
-    for i, row in enumerate(drawn):
+    fig = Figure(
+        figsize=(max(4.5, 1 + 1.3 * len(images)), 0.6 + 1.5 * n_rows), layout="constrained"
+    )
+    axes = fig.subplots(n_rows, len(images), squeeze=False)
+    heat = None
+    for i, row in enumerate(images):
         picture = pictures[i].permute(1, 2, 0).numpy()
         axes[0][i].imshow(picture)
         axes[0][i].set_xlabel(textwrap.fill(row["caption"], 16), fontsize=7)
-        for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items()):
+        for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items(), strict=True):
             says = row["networks"][name]
             ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
             if says["empty"]:
-                style = {"ha": "center", "va": "center", "fontsize": 8, "backgroundcolor": "white"}
-                ax.text(0.5, 0.5, "map is empty", transform=ax.transAxes, **style)
+                ax.text(
+                    0.5,
+                    0.5,
+                    "map is empty",
+                    transform=ax.transAxes,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    backgroundcolor="white",
+                )
             else:
                 scaled = (maps[i] / maps[i].max()).numpy()
                 heat = ax.imshow(scaled, cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
-            wrong = " (wrong)" if says["predicted"] != row["label"] else ""
-            answer = f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %{wrong}"
+            answer = f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %"
+            if says["predicted"] != row["label"]:
+                answer += " (wrong)"
             ax.set_xlabel(answer, fontsize=7)
-    for ax, name in zip(axes[:, 0], ["image", *shown]):
+    for ax, name in zip(axes[:, 0], ["image", *shown], strict=True):
         ax.set_ylabel(name, fontsize=9)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
@@ -454,11 +546,11 @@ def plot_images(pictures, shown, drawn, shapes, classes, heading, path):
         bar.ax.tick_params(labelsize=7)
     outline = "white: outline of the object; " if shapes is not None else ""
     fig.suptitle(f"{heading}\n{outline}* minority", fontsize=9)
-    common.save_figure(fig, path, dpi=100)
+    return fig
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    again = "nothing was written; the same command starts again"
-    with common.script(arguments.run / "gradcam", again), common.machine(arguments):
-        main(arguments)
+    with common.script():
+        arguments = parse_args()
+        with common.machine(arguments):
+            main(arguments)

@@ -6,15 +6,11 @@
 Paper: section 2.1.2, Figure 7. In one layer after the other the k neurons of largest magnitude or,
 for each group, of largest gradient are zeroed, and the change of the group's training accuracy is
 recorded, signed, in percentage points. Random neurons of the layer are a control that the paper
-lacks. Reads RUN/erm/best.pt and its data; writes RUN/structured/ (as a whole): args.json,
-layers.csv, fig07_layers.png, results.json.
+lacks. Reads RUN/erm/best.pt and its data; writes RUN/structured/: args.json, layers.csv,
+results.json and fig07_layers.png.
 """
 
-import signal
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while torch is still loading; later common.script answers
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -22,154 +18,230 @@ from matplotlib.figure import Figure
 
 import common
 
-FILES = ("args.json", "layers.csv", "fig07_layers.png", "results.json")
-CRITERIA = ("gradient", "magnitude", "random")
-
-NOTES = """In brackets: the default.
-
---unit           a neuron is a channel or a single weight; auto: a weight where linear layers hold
-                 most weights, as in transformers, else a channel
---max-per-group  a random sample; minority groups in training are always traced whole
-"""
+FILES = ("args.json", "layers.csv", "results.json", "fig07_layers.png")
 
 
 def parse_args(argv=None):
-    p = common.make_parser(__doc__, NOTES)
+    p = common.make_parser(f"{__doc__}\nIn brackets: the default.")
     g = p.add_argument_group("what is traced")
     g.add_argument("--checkpoint", type=Path, help="model to trace (RUN/erm/best.pt)")
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
-    most = "at most so many images of each group (all; built-in set 100)"
-    g.add_argument("--max-per-group", type=int, metavar="N", help=most)
+    g.add_argument(
+        "--max-per-group",
+        type=common.count,
+        metavar="N",
+        help="at most so many images of each group, a random sample; of minority groups always all "
+        "(all; built-in set 100)",
+    )
     g = p.add_argument_group("neurons")
-    g.add_argument("--unit", choices=["auto", "channel", "weight"], default="auto", help="(auto)")
-    g.add_argument("--k", type=int, default=3, help="neurons zeroed in each layer (3)")
-    sets = "random sets in each layer, whose changes are averaged (5)"
-    g.add_argument("--controls", type=int, default=5, help=sets)
+    g.add_argument(
+        "--unit",
+        choices=["auto", "channel", "weight"],
+        default="auto",
+        help="what a neuron is; auto: a weight where linear layers hold most weights, as in "
+        "transformers, else a channel (auto)",
+    )
+    g.add_argument("--k", type=common.count, default=3, help="neurons zeroed in each layer (3)")
+    g.add_argument(
+        "--controls",
+        type=common.count,
+        default=5,
+        help="random sets in each layer, whose changes are averaged (5)",
+    )
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0, help="of samples and random neurons (0)")
-    g.add_argument("--batch-size", type=int, default=128, help="images a pass (128)")
+    g.add_argument(
+        "--seed", type=common.seed, default=0, help="draws samples and random neurons (0)"
+    )
+    g.add_argument(
+        "--batch-size", type=common.count, default=128, help="images in a forward pass (128)"
+    )
     return p.parse_args(argv)
 
 
 def main(args):
-    # The network and its data; a folder to write into, before anything is computed
+    # The network, its data and a sample of each group
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, table = common.reopen(args.checkpoint, args.data, args.device)
-    groups, most = table.groups, 100 if table.source == "synthetic" else None
-    common.fill_defaults(args, table, max_per_group=most)
-    common.check_flags(args, "k", "controls", "batch_size", "max_per_group")
-    new = common.new_folder(args.run / "structured", args, FILES)
-    unit, counts = common.count_neurons(model, args.unit)
-
-    # Neurons of every layer: one set by magnitude, one per group by gradient, some at random
+    groups = table.groups
+    if args.max_per_group is None and common.is_built_in(table):
+        args.max_per_group = 100
+    weights = common.prunable_weights(model)
+    if args.unit == "auto":
+        args.unit = common.choose_unit(weights)
+    counts = common.count_neurons(weights, args.unit)
+    common.print_settings(args)
+    print(f"{sum(counts.values())} neurons ({args.unit}s) in {len(counts)} layers")
+    folder = args.run / "structured"
+    common.open_folder(folder, FILES)
     train = common.open_split(checkpoint, table, "train")
     minority = [group["group"] for group in groups if group["minority"]]
     index = common.sample_groups(train.g, groups, args.max_per_group, minority, args.seed)
 
-    def batches(parts):
-        return common.make_loader(train, args.batch_size, args.workers, parts=parts)
+    def batches(members):
+        order = [batch.tolist() for batch in members.split(args.batch_size)]
+        return common.Batches(train, args.device, workers=args.workers, order=order)
 
-    scores = {("magnitude", "all"): common.magnitude_scores(model, unit)}
+    # Scores of all neurons: for each group or, where a criterion needs no gradient, for all of
+    # them; the random ones are those of largest random score
+    scores = {}
+    for criterion in common.CRITERIA:
+        if not common.needs_gradient(criterion):
+            scores[criterion, "all"] = common.score_neurons(weights, {}, criterion, args.unit)
     for j, members in enumerate(index):
-        scores["gradient", j] = common.gradient_scores(model, batches([members]), unit)
+        gradients = common.mean_gradient(model, weights, batches(members))
+        for criterion in common.CRITERIA:
+            if common.needs_gradient(criterion):
+                scores[criterion, j] = common.score_neurons(
+                    weights, gradients, criterion, args.unit
+                )
     rng = np.random.default_rng(args.seed)
-    for i in range(args.controls):  # the neurons of largest random score
+    for i in range(args.controls):
         drawn = {layer: torch.from_numpy(rng.random(n)) for layer, n in counts.items()}
         scores["random", f"set {i}"] = drawn
-    keys, variants = [], []
-    for layer, n in counts.items():
-        for (criterion, by), values in scores.items():
-            neurons = common.top_neurons({layer: values[layer]}, min(args.k, n))
-            keys.append({"layer": layer, "criterion": criterion, "selected_by": by})
-            own = (by,) if criterion == "gradient" else None
-            variants.append(common.Variant(neurons, groups=own))
 
-    # Each variant on the groups that it is for: the gradient's on its own, the others on all
+    # The top neurons of each layer are zeroed, those of a group on its own images alone
     rows = []
-    found = common.accuracy_under(model, batches(index), variants, unit)
-    for key, variant, by_group in zip(keys, variants, found):
-        for j, images in by_group.items():
+    passes = common.OnePass()
+    for group, members in enumerate(index):
+        asked = []
+        variants = []
+        for layer, n in counts.items():
+            for (criterion, by), values in scores.items():
+                if isinstance(by, str) or by == group:
+                    neurons = common.top_neurons({layer: values[layer]}, min(args.k, n))
+                    asked.append({"parameter": layer, "criterion": criterion, "selected_by": by})
+                    variants.append({"neurons": neurons})
+        found = common.count_right(model, batches(members), variants, weights, args.unit, passes)
+        for row, variant, by_group in zip(asked, variants, found, strict=True):
+            images = by_group[group]
             points = 100 * (images["correct_after"] - images["correct_before"]) / images["n"]
-            row = {**key, "k": len(variant.neurons), "group": j, **images}
-            rows.append({**row, "change_percent": round(points, 4)})
-    # The heat map and its summary
-    heat = {criterion: heat_map(rows, criterion, counts, groups) for criterion in CRITERIA}
-    summary = {c: summarize_layers(heat[c], list(counts), groups) for c in CRITERIA}
-    common.write_csv(new / "layers.csv", rows)
-    plot_heat(heat, counts, groups, args.k, new / "fig07_layers.png")
-    results = {"stage": "structured", "source": table.source, "arch": checkpoint["arch"]}
-    results |= {"checkpoint": str(args.checkpoint), "epoch": checkpoint["epoch"], "unit": unit}
-    results |= {"k": args.k, "groups": groups, "layers": list(counts), "summary": summary}
-    common.write_json(new / "results.json", results)
-    common.replace_folder(new, args.run / "structured")
+            rows.append(
+                {
+                    **row,
+                    "k": len(variant["neurons"]),
+                    "group": group,
+                    **images,
+                    "change_percent": round(points, 4),
+                }
+            )
+
+    # The heat map and its summary; numbers first, so that they do not depend on the figure
+    heat = {}
+    summary = {}
+    for criterion in (*common.CRITERIA, "random"):
+        heat[criterion] = heat_map(rows, criterion, list(counts), groups)
+        summary[criterion] = summarize_layers(heat[criterion], list(counts), groups)
+    results = {
+        "stage": "structured",
+        "source": table.source,
+        "arch": checkpoint["arch"],
+        "checkpoint": str(args.checkpoint),
+        "epoch": checkpoint["epoch"],
+        "erm": checkpoint.get("erm"),
+        "network": common.fingerprint_of(model),
+        "unit": args.unit,
+        "k": args.k,
+        "groups": groups,
+        "layers": list(counts),
+        "summary": summary,
+    }
+    numbers = {
+        "args.json": common.run_record("structured", args),
+        "layers.csv": rows,
+        "fig07_layers.png": None,
+        "results.json": results,
+    }
+    common.write(folder, numbers)
     print_summary(summary, groups, args.k)
-    print(f"wrote {args.run}/structured/")
+    common.write(folder, {"fig07_layers.png": plot_heat(heat, list(counts), groups, args.k)})
+    print(f"wrote {folder}/")
 
 
 def heat_map(rows, criterion, layers, groups):
     """Signed changes in percentage points, (groups, layers): each group under its own neurons, the
     mean over random sets."""
-    points = [row["change_percent"] for row in rows if row["criterion"] == criterion]
-    by_layer_set_group = np.reshape(points, (len(layers), -1, len(groups)))  # in this order
-    return by_layer_set_group.mean(1).T
+    cells = {}
+    for row in rows:
+        if row["criterion"] == criterion:
+            cell = cells.setdefault((row["group"], row["parameter"]), [])
+            cell.append(row["change_percent"])
+    heat = np.zeros((len(groups), len(layers)))
+    for i, group in enumerate(groups):
+        for j, layer in enumerate(layers):
+            heat[i, j] = np.mean(cells[group["group"], layer])
+    return heat
 
 
 def summarize_layers(heat, layers, groups):
     """Per group the mean change, the change of largest size and its layer; and how the minority
     groups' change, summed in absolute value, is spread over the thirds of the network (None:
     nothing changed)."""
-    of_groups, minority = [], np.zeros(len(layers))
-    for group, values in zip(groups, heat):
+    of_groups = []
+    minority = np.zeros(len(layers))
+    for group, values in zip(groups, heat, strict=True):
         at = int(np.abs(values).argmax())
-        row = {"group": group["group"], "mean": float(values.mean())}
-        of_groups.append({**row, "largest": float(values[at]), "layer": layers[at]})
-        minority += np.abs(values) * group["minority"]
+        of_groups.append(
+            {
+                "group": group["group"],
+                "mean": float(values.mean()),
+                "largest": float(values[at]),
+                "layer": layers[at],
+            }
+        )
+        if group["minority"]:
+            minority += np.abs(values)
     thirds = None
     if minority.sum() > 0:
-        parts = zip(("first", "middle", "last"), np.array_split(minority, 3))
-        thirds = {third: float(part.sum() / minority.sum()) for third, part in parts}
+        shares = [float(part.sum() / minority.sum()) for part in np.array_split(minority, 3)]
+        thirds = dict(zip(("first", "middle", "last"), shares, strict=True))
     return {"groups": of_groups, "thirds": thirds}
 
 
 def print_summary(summary, groups, k):
     print(f"\nChange in training accuracy by zeroing {k} neurons of one layer, points, * minority")
     for criterion, found in summary.items():
-        for row, group in zip(found["groups"], groups):
+        for row, group in zip(found["groups"], groups, strict=True):
             name = f"{common.short(group)} {group['name']}"
-            largest = f"largest {row['largest']:+7.2f} in {row['layer']}"
-            print(f"{criterion:10s} {name:30s} mean {row['mean']:+7.2f}  {largest}")
-        spread = "no minority accuracy changed"
+            print(
+                f"{criterion:10s} {name:30s} mean {row['mean']:+7.2f}  "
+                f"largest {row['largest']:+7.2f} in {row['layer']}"
+            )
         if found["thirds"]:
             shares = [f"{100 * x:.0f} % in the {t} third" for t, x in found["thirds"].items()]
-            spread = f"of all minority change (absolute) {', '.join(shares)} of the layers"
-        print(f"{criterion}: {spread}")
+            print(
+                f"{criterion}: of all minority change (absolute) {', '.join(shares)} of the layers"
+            )
+        else:
+            print(f"{criterion}: no minority accuracy changed")
 
 
-def plot_heat(heat, layers, groups, k, path):
+def plot_heat(heat, layers, groups, k):
     """Figure 7: a heat map per criterion, layers in network order, one scale: the darker, the
     larger the change; a drop carries no sign, a rise a '+'."""
-    fig = Figure(figsize=(4 + 0.2 * len(layers), 7.2), layout="constrained")
+    fig = Figure(figsize=(4 + 0.2 * len(layers), 2.4 * len(heat)), layout="constrained")
     axes = fig.subplots(len(heat), 1, sharex=True)
     most = max(1e-9, *(float(np.abs(values).max()) for values in heat.values()))
-    for ax, (criterion, values) in zip(axes, heat.items()):
+    for ax, (criterion, values) in zip(axes, heat.items(), strict=True):
         image = ax.imshow(np.abs(values), cmap="Greys", vmin=0, vmax=most, aspect="auto")
-        for i, j in zip(*np.nonzero(values > 0)):
+        for i, j in zip(*np.nonzero(values > 0), strict=True):
             colour = "white" if values[i, j] > most / 2 else "black"
             ax.text(j, i, "+", ha="center", va="center", fontsize=7, color=colour)
         names = [f"{common.short(g)} {g['name']}" for g in groups]
         ax.set_yticks(range(len(groups)), names, fontsize=8)
-        largest = f"{k} neurons of largest {criterion}"
-        random = f"control: {k} random neurons of the layer, mean"
-        ax.set_title(random if criterion == "random" else largest, fontsize=10)
-    axes[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+        if criterion == "random":
+            ax.set_title(f"control: {k} random neurons of the layer, mean", fontsize=10)
+        else:
+            ax.set_title(f"{k} neurons of largest {criterion}", fontsize=10)
+    ticks = [layer.removesuffix(".weight") for layer in layers]
+    axes[-1].set_xticks(range(len(layers)), ticks, rotation=90, fontsize=6)
     axes[-1].set_xlabel("layer, from input to output (* minority group)")
     label = "|change| in training accuracy\n(percentage points; + marks a rise)"
     fig.colorbar(image, ax=axes, label=label)
-    common.save_figure(fig, path, dpi=100)
+    return fig
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    again = "nothing was written; the same command starts again"
-    with common.script(arguments.run / "structured", again), common.machine(arguments):
-        main(arguments)
+    with common.script():
+        arguments = parse_args()
+        with common.machine(arguments):
+            main(arguments)

@@ -91,16 +91,9 @@ def reading(path, advice):
 BIRDS = Path(__file__).resolve().parent / "data/birds"  # the built-in set, drawn by data/birds.py
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
-# Images per group in the official splits: Waterbirds (Sagawa et al. 2020), CelebA (Liu et al. 2015)
-OFFICIAL_COUNTS = {
-    "waterbirds": [[3498, 184, 56, 1057], [467, 466, 133, 133], [2255, 2255, 642, 642]],
-    "celeba": [[71629, 66874, 22880, 1387], [8535, 8276, 2874, 182], [9767, 7535, 2480, 180]],
-}
-NAMES = {  # of classes and spurious attributes
-    "waterbirds": (["landbird", "waterbird"], ["on land", "on water"]),
-    "celeba": (["non-blond", "blond"], ["woman", "man"]),
-}
-CELEBA = ("Blond_Hair", "Male")
+# Waterbirds (Sagawa et al. 2020) is known by its images per group in train, val and test
+WATERBIRDS = [[3498, 184, 56, 1057], [467, 466, 133, 133], [2255, 2255, 642, 642]]
+CELEBA = ("Blond_Hair", "Male")  # and CelebA (Liu et al. 2015) by its columns
 # Where images lie, seen from the labels, in the layouts in which the two sets circulate
 IMAGE_FOLDERS = [
     "",
@@ -160,17 +153,15 @@ def read_table(data, attributes=None):
     if not tables:
         return read_celeba(path, attributes or CELEBA)
     columns = read_columns(tables[0])
-    y_name, place_name = attributes or ("y", "place")
-    if place_name not in columns and attributes is None:
-        place_name = "a"
+    labels = attributes or ("y", "place" if "place" in columns else "a")
     return make_table(
         tables[0],
         tables[0].parent,
         column(tables[0], columns, "img_filename", "filename"),
-        column(tables[0], columns, y_name),
-        column(tables[0], columns, place_name),
+        column(tables[0], columns, labels[0]),
+        column(tables[0], columns, labels[1]),
         column(tables[0], columns, "split"),
-        (y_name, place_name),
+        labels,
     )
 
 
@@ -213,11 +204,11 @@ def find_list(folder, stem):
 
 
 def read_columns(path):
-    """The columns of a csv, or of one of CelebA's txt lists: {name in the header: tuple of str}.
-    Raises BadInput."""
+    """The columns of a csv, or of one of CelebA's txt lists: {name in the header, in lower case:
+    list of str}. Raises BadInput."""
     advice = "expected UTF-8 text, a header and rows; is it cut off, or a quote left open?"
     with reading(path, advice), open(path, encoding="utf-8-sig") as file:
-        lines = file.read().splitlines()
+        lines = file.readlines()
         if path.name.startswith("list_eval") and path.suffix == ".txt":  # has no header
             rows = [["image_id", "partition"], *(line.split() for line in lines)]
         elif path.name.startswith("list_attr") and path.suffix == ".txt":
@@ -236,21 +227,19 @@ def read_columns(path):
             )
     if not rows:
         raise BadInput(f"{path}: it holds no rows")
-    return dict(zip(header, zip(*rows, strict=True), strict=True))
+    return {name.lower(): cells for name, *cells in zip(header, *rows, strict=True)}
 
 
 def column(path, columns, *names):
-    """The values of the first column that has one of these names, in upper or lower case. Raises
-    BadInput if there is none, or if a cell of it is empty."""
+    """The values of the first of these names that is a column's, in upper or lower case. Raises
+    BadInput if none is, or if a cell is empty."""
     for name in names:
-        for title, values in columns.items():
-            if title.lower() == name.lower():
-                if "" in values:
-                    raise BadInput(
-                        f"{path}: {title} is empty in row {values.index('') + 1}; "
-                        "fill it or take the row out"
-                    )
-                return values
+        values = columns.get(name.lower())
+        if values and "" in values:
+            row = values.index("") + 1
+            raise BadInput(f"{path}: {name} is empty in row {row}; fill it or take the row out")
+        if values:
+            return values
     raise BadInput(
         f"{path}: no column {' or '.join(names)} in the header {', '.join(columns)[:200]}"
     )
@@ -297,15 +286,14 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     for part in range(3):
         counts.append(np.bincount(g[split == part], minlength=len(classes) * len(places)).tolist())
 
-    # Numbers get the names of a known set: of CelebA by the columns, of Waterbirds by its counts
-    kind = "celeba" if tuple(labels) == CELEBA else None
-    for name, official in OFFICIAL_COUNTS.items():
-        if counts == official:
-            kind = name
-    numbers = [name.startswith(f"{labels[0]}=") for name in classes]
-    numbers += [name.startswith(f"{labels[1]}=") for name in places]
-    if kind and numbers == [True] * 4:
-        classes, places = NAMES[kind]
+    # Numbers get the names of a known set
+    numbers = [f"{labels[0]}=" in classes[0], f"{labels[1]}=" in places[0]]
+    if numbers == [True, True] and counts == WATERBIRDS:
+        classes = ["landbird", "waterbird"]
+        places = ["on land", "on water"]
+    elif numbers == [True, True] and tuple(labels) == CELEBA and len(classes) == len(places) == 2:
+        classes = ["non-blond", "blond"]
+        places = ["woman", "man"]
 
     groups = describe_groups(classes, places, counts[0])
     for name, n in zip(SPLITS, counts, strict=True):
@@ -465,10 +453,9 @@ def memory_limit():
         limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            mount = Path("/sys/fs/cgroup", "memory" if controllers else "")
-            own = mount / group.lstrip("/")
-            for folder in (mount, own, *own.parents):
+            _, controllers, path = line.split(":", 2)
+            group = Path("/sys/fs/cgroup", "memory" if controllers else "", path.lstrip("/"))
+            for folder in (group, *group.parents):
                 for name in ("memory.max", "memory.limit_in_bytes"):
                     with contextlib.suppress(OSError, ValueError):  # "max" is no number
                         limits.append(int((folder / name).read_text()))
@@ -1283,16 +1270,16 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}, at most {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
     parse.__name__ = kind.__name__  # named where the text is no number at all
     return parse
 
 
-positive = number(float, 1e-12, 1e12)
-count = number(int, 1, 10**9)
-seed = number(int, 0, 2**32 - 1)
+positive_float = number(float, 1e-12, 1e12)
+positive_int = number(int, 1, 10**9)
+seed_int = number(int, 0, 2**32 - 1)
 
 
 def plain(args):
@@ -1546,6 +1533,7 @@ def script():
     matplotlib.rcdefaults()  # figures do not depend on a user's matplotlibrc
     matplotlib.rcParams["text.parse_math"] = False  # a name may hold two $
     warnings.simplefilter("ignore")  # what the user should know, we say
+    sys.unraisablehook = lambda _: None  # torch's own clean-up fails where workers have died
     main_process = os.getpid()
 
     def stop(number, _):
@@ -1563,26 +1551,19 @@ def script():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (BadInput, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, OSError):
-            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        elif isinstance(error, MemoryError):
-            message = "out of memory; try a smaller --batch-size or --workers 0"
-        elif isinstance(error, RuntimeError):
-            if not re.search(LIMITS, str(error)):
+        message = str(error).partition("\n")[0] or "out of memory"
+        if isinstance(error, (MemoryError, RuntimeError)):
+            # torch.save makes something else of a lack of memory
+            memory = isinstance(error.__context__, MemoryError)
+            if not memory and not re.search(LIMITS, message):
                 raise
-            message = str(error).splitlines()[0][:160].rstrip(". ")
-            if "deterministic" in message:
-                message += "; try without --deterministic"
-            else:
-                message += "; try a smaller --batch-size or --workers 0"
-        else:
-            message = str(error)
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+            message = f"{message[:200]}; try a smaller --batch-size or --workers 0"
+        print(f"{program}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-# Where torch says that a machine has not enough of something, or a setting is impossible
+# Where torch says that the machine has too little of something, or cannot do what a flag asks for
 LIMITS = (
     "out of memory|can't allocate|bad_alloc|can't start new thread|shared memory|ancdata|"
-    "Too many open files|DataLoader worker|deterministic"
+    "Too many open files|could not create a primitive|DataLoader worker|deterministic"
 )

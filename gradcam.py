@@ -14,6 +14,7 @@ args.json, focus.csv (with masks), results.json and fig10_gradcam.png.
 import copy
 import math
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
 import common
 from common import BadInput, short
 
@@ -59,7 +61,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("images")
     g.add_argument(
         "--n",
-        type=common.count,
+        type=common.positive_int,
         default=8,
         help="images to draw from the minority groups (8)",
     )
@@ -74,12 +76,12 @@ def parse_args(argv=None):
     g = p.add_argument_group("run")
     g.add_argument(
         "--seed",
-        type=common.seed,
+        type=common.seed_int,
         default=0,
         help="draws the images, the control's new head and the bootstrap (0)",
     )
     g.add_argument(
-        "--batch-size", type=common.count, default=128, help="images in a forward pass (128)"
+        "--batch-size", type=common.positive_int, default=128, help="images in a forward pass (128)"
     )
     return p.parse_args(argv)
 

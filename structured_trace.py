@@ -10,12 +10,14 @@ lacks. Reads RUN/erm/best.pt and its data; writes RUN/structured/: args.json, la
 results.json and fig07_layers.png.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
 import common
 
 FILES = ("args.json", "layers.csv", "results.json", "fig07_layers.png")
@@ -28,7 +30,7 @@ def parse_args(argv=None):
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g.add_argument(
         "--max-per-group",
-        type=common.count,
+        type=common.positive_int,
         metavar="N",
         help="at most so many images of each group, a random sample; of minority groups always all "
         "(all; built-in set 100)",
@@ -41,19 +43,21 @@ def parse_args(argv=None):
         help="what a neuron is; auto: a weight where linear layers hold most weights, as in "
         "transformers, else a channel (auto)",
     )
-    g.add_argument("--k", type=common.count, default=3, help="neurons zeroed in each layer (3)")
+    g.add_argument(
+        "--k", type=common.positive_int, default=3, help="neurons zeroed in each layer (3)"
+    )
     g.add_argument(
         "--controls",
-        type=common.count,
+        type=common.positive_int,
         default=5,
         help="random sets in each layer, whose changes are averaged (5)",
     )
     g = p.add_argument_group("run")
     g.add_argument(
-        "--seed", type=common.seed, default=0, help="draws samples and random neurons (0)"
+        "--seed", type=common.seed_int, default=0, help="draws samples and random neurons (0)"
     )
     g.add_argument(
-        "--batch-size", type=common.count, default=128, help="images in a forward pass (128)"
+        "--batch-size", type=common.positive_int, default=128, help="images in a forward pass (128)"
     )
     return p.parse_args(argv)
 

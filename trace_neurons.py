@@ -14,6 +14,7 @@ and the figures.
 
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
 import common
 from common import BadInput, short
 
@@ -45,7 +47,7 @@ def parse_args(argv=None):
     g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
     g.add_argument(
         "--max-per-group",
-        type=common.count,
+        type=common.positive_int,
         metavar="N",
         help="at most so many images of each group, a random sample; of minority groups in "
         "training always all (all; built-in set 100)",
@@ -68,7 +70,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("modifications")
     g.add_argument(
         "--top-k",
-        type=common.count,
+        type=common.positive_int,
         nargs="+",
         default=[1, 2, 3, 5, 10],
         metavar="K",
@@ -76,14 +78,14 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--sigma",
-        type=common.positive,
+        type=common.positive_float,
         nargs="+",
         default=[0.005, 0.01, 0.02],
         help="standard deviation of noise, in units of weights (0.005 0.01 0.02)",
     )
     g.add_argument(
         "--repeats",
-        type=common.count,
+        type=common.positive_int,
         default=10,
         help="draws of noise, the same ones for every K, sigma and criterion (10)",
     )
@@ -96,10 +98,13 @@ def parse_args(argv=None):
     )
     g = p.add_argument_group("run")
     g.add_argument(
-        "--seed", type=common.seed, default=0, help="draws samples, noise and random neurons (0)"
+        "--seed",
+        type=common.seed_int,
+        default=0,
+        help="draws samples, noise and random neurons (0)",
     )
     g.add_argument(
-        "--batch-size", type=common.count, default=128, help="images in a forward pass (128)"
+        "--batch-size", type=common.positive_int, default=128, help="images in a forward pass (128)"
     )
     args = p.parse_args(argv)
     if 0 < args.controls < 39:

@@ -50,7 +50,9 @@ def parse_args(argv=None):
         help="spread of part sizes within a class, in half distances of the classes (0.2)",
     )
     p.add_argument("--learn", action="store_true", help="learn the weights, and draw no pictures")
-    p.add_argument("--steps", type=common.count, default=750, help="of learning, 128 birds each")
+    p.add_argument(
+        "--steps", type=common.positive_int, default=750, help="of learning, 128 birds each"
+    )
     p.add_argument(
         "--weights", type=Path, default=common.BIRD_WEIGHTS, help="where they are written"
     )
@@ -82,7 +84,7 @@ def draw_set(folder, difficulty):
     for part, split in enumerate(common.SPLITS):
         (folder / split).mkdir(parents=True)
         (folder / "masks" / split).mkdir(parents=True)
-        counts = common.OFFICIAL_COUNTS["waterbirds"][part]
+        counts = common.WATERBIRDS[part]
         groups = order.permutation(np.repeat(np.arange(4), counts))
         generator = torch.Generator().manual_seed(part)
         # A hundred at a time, which fit into a processor's cache

@@ -7,7 +7,8 @@
 A cell is the mean over run folders +- the sample standard deviation (n). Gains are paired by run
 folder and carry the 95 % t-interval of their mean. "ERM continued" is the run of --method erm, and
 "random" that of --criterion random, in the same run folder with the same start, epochs, learning
-rate, batch size, augmentation and seed.
+rate, batch size, augmentation and seed. A copy of a run, and a run of the same settings and seed as
+another, count once.
 Tracing: each group under the neurons selected by it; Matrix: every group under every set. Reads
 results.json and args.json of the stages; writes Figure 6.
 """
@@ -24,33 +25,74 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-from common import BadInput, reading
+from common import BadInput
 
-HERE, FIGURE = Path(__file__).resolve().parent, Path("runs/fig06_compare.png")
+HERE = Path(__file__).resolve().parent
+FIGURE = Path("runs/fig06_compare.png")
 STAGES = ("erm", "trace", "structured", "finetune", "gradcam")
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
-# Arguments that say where things lie, or leave the numbers alone
-PLACES = {"run", "name", "data", "checkpoint", "kick_in", "before", "after", "masks"}
-PLACES |= {"seed", "device", "workers", "deterministic", "overwrite", "keep_epochs"}
+# Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
+PLACES = (common.NOT_SETTINGS - {"weights"}) | {"seed", "before", "after", "masks"}
+# Flags of earlier versions, and what runs do that lack them
+GONE = {
+    "difficulty": 0.2,
+    "head": "linear",
+    "erm_head": "linear",
+    "features": "probs",
+    "aux_bn": "own",
+    "lam_reduction": "sum",
+}
+# Changes that the paper's tables show: how their line's name begins, criterion, modification
+PAPER_TABLES = (
+    ("Table 3: ", "magnitude", "zero"),
+    ("Table 11: ", "gradient", "zero"),
+    ("Table 11: ", "gradient", "random-init"),
+    ("Table 13: ", "gradient", "zero"),
+    ("Table 13: ", "gradient", "random-noise"),
+    ("Table 14: Figure 4 (left) ", "gradient", "random-init"),
+    ("Table 14: Figure 4 (right) ", "magnitude", "random-init"),
+    ("Table 14: Figure 5 (left) ", "gradient", "random-noise"),
+    ("Table 14: Figure 5 (right) ", "magnitude", "random-noise"),
+)
+FEW_NEURONS = 3  # where these tables stop, but for Table 3, and what the matrix is of
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    runs = "run folders (every finished stage in them), or RUN/NAME for one stage"
-    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help=runs)
-    figure = f"where to draw Figure 6: .png, .pdf or .svg ({FIGURE})"
-    p.add_argument("--figure", type=Path, metavar="FILE", help=figure)
-    keep = "keep what was found in results/numbers.jsonl, in the place of an equal run's line"
-    p.add_argument("--add", action="store_true", help=keep)
-    page = "rewrite the tables of results/README.md from results/numbers.jsonl; needs no RUN"
-    p.add_argument("--write", action="store_true", help=page)
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="run folders (every finished stage in them), or RUN/NAME for one stage",
+    )
+    p.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help=f"where to draw Figure 6: .png, .pdf or .svg ({FIGURE})",
+    )
+    p.add_argument(
+        "--add",
+        action="store_true",
+        help="keep what was found in results/numbers.jsonl, in the place of an equal run's line",
+    )
+    p.add_argument(
+        "--write",
+        action="store_true",
+        help="rewrite the tables of results/README.md from results/numbers.jsonl; needs no RUN",
+    )
     return p.parse_args(argv)
 
 
 def main(args):
-    store, page = HERE / "numbers.jsonl", HERE / "README.md"
+    store = HERE / "numbers.jsonl"
+    page = HERE / "README.md"
     if not args.runs and (args.add or not args.write):
         raise BadInput("no run folder given; name some, such as runs/wb*, or use --write alone")
     if args.figure and args.figure.suffix not in (".png", ".pdf", ".svg"):
@@ -59,19 +101,21 @@ def main(args):
     if args.runs:
         found, shown = read_runs(args.runs)
         warn_of_differences(shown)
+        shown = independent(shown)
         for block in TABLES:
             for table in tables(block, shown, found):
                 print_table(*table)
         plot(shown, args.figure or FIGURE)
     if args.add:
         kept = {identity(record): record for record in [*read_store(store), *shown]}
-        ordered = sorted(kept.values(), key=identity)
-        common.write(store, "".join(f"{json.dumps(record)}\n" for record in ordered))
+        ordered = [kept[key] for key in sorted(kept)]
+        common.write(HERE, {store.name: ordered})
         print(f"{store} has {len(ordered)} lines")
     if args.write:
         records = read_store(store)
         warn_of_differences(records)
-        common.write(page, with_tables(page, records))
+        records = independent(records)
+        common.write(HERE, {page.name: with_tables(page, records)})
         print(f"wrote the tables of {page}")
         if args.figure and not args.runs:
             plot(records, args.figure)
@@ -83,25 +127,29 @@ def main(args):
 def read_runs(folders):
     """Records of all stages of the run folders (the control of a stage may not have been asked
     for), and of those asked for."""
-    found, shown = {}, {}
+    found = {}
+    shown = {}
     for folder in folders:
         if folder.is_file():  # such as an earlier Figure 6 in runs/*
             continue
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
-        folder, one_stage = folder.resolve(), (folder / "results.json").exists()
+        folder = folder.resolve()
+        one_stage = (folder / "results.json").exists()
         run = folder.parent if one_stage else folder
-        paths = sorted(run.glob("[!.]*/results.json"))  # .NAME.new is not finished
+        paths = sorted(run.glob("[!.]*/results.json"))
         if not paths:
             common.warn(f"{folder}: no finished stage there")
         for path in paths:
             if path not in found:
-                with reading(path, "is it of a finished run of this project? Run its stage again"):
+                advice = "is it of a finished run of this project? Run its stage again"
+                with common.reading(path, advice):
                     found[path] = check(make_record(path))
             if path.parent == folder or not one_stage:
                 shown[path] = found[path]
     if not shown:
         raise BadInput(f"{folders[0]}: no finished run there (no RUN/NAME/results.json)")
+    warn_of_other_starts(found)
     shorten(found.values(), "source", 2)
     shorten(found.values(), "run", 1)
     return list(found.values()), list(shown.values())
@@ -118,84 +166,169 @@ def shorten(records, key, length):
 
 def make_record(path):
     """What results.json and args.json of a stage say, as far as it is compared; plain types."""
-    result, about = (common.read_json(path.with_name(f"{n}.json")) for n in ("results", "args"))
-    source = result["source"]
-    record = {"run": str(path.parents[1]), "name": path.parent.name, "stage": result["stage"]}
-    record["source"] = source if source == "synthetic" else str(Path(source).resolve())
-    record |= {"arch": result["arch"], "unit": result.get("unit", "")}
-    record |= {"commit": (about.get("commit") or "")[:7], "seed": about["args"]["seed"]}
-    record["settings"] = {}
-    for key, value in about["args"].items():
-        is_path = isinstance(value, str) and os.sep in value  # of --weights FILE the name will do
-        if key not in PLACES:
-            record["settings"][key] = Path(value).name if is_path else value
+    result = common.read_json(path)
+    about = common.read_json(path.with_name("args.json"))
+    record = {
+        "run": str(path.parents[1]),
+        "name": path.parent.name,
+        "stage": result["stage"],
+        "source": str(Path(result["source"]).resolve()),
+        "arch": result["arch"],
+        "unit": result.get("unit") or about["args"].get("unit", ""),
+        "commit": (about.get("commit") or "")[:7],
+        "seed": about["args"]["seed"],
+        "settings": compared(about["args"]),
+        "reports": {},
+        "lines": {},
+    }
+    if result.get("erm"):  # of the ERM training that all comes from; older runs do not say
+        record["erm"] = {
+            "id": result["erm"]["id"],
+            "seed": result["erm"]["settings"].get("seed"),
+            "settings": compared(result["erm"]["settings"]),
+        }
 
-    # Counts and accuracies of each split, of training stages; lines of a table, of the others
-    reports, record["reports"], record["lines"] = dict(result.get("splits", {})), {}, {}
+    # The network that a stage started from: file, epoch, fingerprint
+    reports = dict(result.get("splits", {}))
     if record["stage"] == "finetune":
         reports["before"] = result["before"]["test"]
-        weights = about["inputs"]["start"]  # their fingerprint
-        record["start"] = [result["start"], result["start_epoch"], weights]
+        record["start"] = [result["start"], result["start_epoch"], about["inputs"]["start"]]
+    elif "network" in result:
+        record["start"] = [Path(result["checkpoint"]).name, result["epoch"], result["network"]]
+    elif "networks" in result:
+        record["networks"] = result["networks"]
+
+    # Counts and accuracies of each split, of training stages; lines of a table, of the others
     for split, report in reports.items():
-        groups, kept = report["groups"], {key: report[key] for key in common.MEANS}
+        groups = report["groups"]
         record["groups"] = [f"{common.short(group)} {group['name']}" for group in groups]
-        kept["n"] = [group["n"] for group in groups]
-        kept["correct"] = [group["correct"] for group in groups]
-        record["reports"][split] = kept
+        record["reports"][split] = {
+            **{key: report[key] for key in common.MEANS},
+            "n": [group["n"] for group in groups],
+            "correct": [group["correct"] for group in groups],
+        }
     for line, column, values in cells_of(result):
-        record["lines"].setdefault(line, {})[column] = [round(value, 3) for value in values]
+        cells = record["lines"].setdefault(line, {})
+        cells[column] = [round(value, 3) for value in values]
     return record
+
+
+def compared(args):
+    """The arguments in which runs that are averaged should not differ."""
+    settings = {}
+    for key, value in args.items():
+        if key not in PLACES:
+            is_path = isinstance(value, str) and os.sep in value
+            settings[key] = Path(value).name if is_path else value
+    return settings
 
 
 def cells_of(result):
     """What tracing and Grad-CAM found: (line, column, [points] or [points, images])."""
-    if result["stage"] == "trace":
-        names = [common.short(group) for group in result["groups"]]
-        for row in result["tables"]:
-            line = f"{row['table']}: {row['line']}{', test images' * (row['split'] == 'test')}"
-            for name, points, images in zip(names, row["points"], row["images"]):
-                if points is not None:  # a group without images
-                    yield line, name, [points, images]
-        for criterion, control in result["control"].items():
-            for test in control["tests"]:
-                group, random = names[test["group"]], f"random ones of {test['random']}"
-                yield f"Control: {random} in place of {criterion}", group, [test["mean"]]
-                more = test["observed"] - test["mean"]
-                yield f"Control: {criterion} minus {random}", group, [more]
-    if result["stage"] == "structured":
-        cells = {}
-        for criterion, found in result["summary"].items():
-            thirds = (found["thirds"] or {}).items()
-            cells[criterion] = {f"{third} third, %": 100 * share for third, share in thirds}
-            for group, of_group in zip(result["groups"], found["groups"]):
-                if group["minority"]:
-                    cells[criterion][f"{common.short(group)}, points"] = of_group["mean"]
-        for criterion, values in cells.items():
-            for column, value in values.items():
-                yield criterion, column, [value]
-                if criterion != "random" and column in cells["random"]:
-                    more = value - cells["random"][column]
-                    yield f"Control: {criterion} minus random", column, [more]
-    if result["stage"] == "gradcam":
-        for row in result["focus"]:
-            for measure in ("mass", "pointing"):
-                if " - " in row["model"] and row[measure] is not None:
-                    yield f"{measure}, {row['model']}", common.short(row), [100 * row[measure]]
+    cells = {"trace": trace_cells, "structured": structured_cells, "gradcam": gradcam_cells}
+    if result["stage"] in cells:
+        yield from cells[result["stage"]](result)
+
+
+def trace_cells(result):
+    names = {group["group"]: common.short(group) for group in result["groups"]}
+    for line, row in trace_lines(result["changes"]):
+        for group, points in row["points"].items():  # of the groups that have images
+            yield line, names[int(group)], [points, row["images"][group]]
+    for criterion, control in result["control"].items():
+        for test in control["tests"]:
+            column = names[test["group"]]
+            others = f"random ones of {test['random']}"
+            yield f"Control: {others} in place of {criterion}", column, [test["mean"]]
+            more = test["observed"] - test["mean"]
+            yield f"Control: {criterion} minus {others}", column, [more]
+
+
+def trace_lines(changes):
+    """Name and change of every line: the paper's tables, then the matrix of all groups under all
+    sets, then what criteria that the paper does not have add."""
+    own = [row for row in changes if row["selected_by"] == "own"]
+    sigmas = [row["sigma"] for row in own if row["sigma"]]
+    for table, criterion, modification in PAPER_TABLES:
+        for row in own:
+            if row["criterion"] != criterion or row["modification"] != modification:
+                continue
+            if row["k"] > FEW_NEURONS and table != "Table 3: ":
+                continue
+            if row["split"] == "test" and table != "Table 13: ":
+                continue
+            if table.startswith("Table 14") and row["sigma"] != sigmas[0]:
+                continue
+            yield table + line_name(row), row
+
+    zeroed = [row for row in changes if row["modification"] == "zero"]
+    few = max((row["k"] for row in zeroed if row["k"] <= FEW_NEURONS), default=0)
+    of_groups = {row["criterion"] for row in zeroed if row["selected_by"] != "own"}
+    for row in zeroed:
+        of_group = row["selected_by"] != "own"
+        if row["k"] == few and of_group == (row["criterion"] in of_groups):
+            name = row["criterion"]
+            if of_group:
+                name += f" of G{row['selected_by']}"
+            yield f"Matrix: {name}{of_split(row)}", row
+
+    for row in own:
+        if row["criterion"] not in ("magnitude", "gradient"):
+            yield f"Not in the paper: {line_name(row)}", row
+
+
+def line_name(row):
+    name = f"{row['criterion']} {row['modification']} top {row['k']}"
+    if row["sigma"]:
+        name += f" sigma {row['sigma']}"
+    return name + of_split(row)
+
+
+def of_split(row):
+    return ", test images" if row["split"] == "test" else ""
+
+
+def structured_cells(result):
+    cells = {}
+    for criterion, found in result["summary"].items():
+        columns = {}
+        for third, share in (found["thirds"] or {}).items():
+            columns[f"{third} third, %"] = 100 * share
+        for group, of_group in zip(result["groups"], found["groups"], strict=True):
+            if group["minority"]:
+                columns[f"{common.short(group)}, points"] = of_group["mean"]
+        cells[criterion] = columns
+    for criterion, columns in cells.items():
+        for column, value in columns.items():
+            yield criterion, column, [value]
+            if criterion != "random" and column in cells["random"]:
+                more = value - cells["random"][column]
+                yield f"Control: {criterion} minus random", column, [more]
+
+
+def gradcam_cells(result):
+    for row in result["focus"]:
+        for measure in ("mass", "pointing"):
+            if " - " in row["model"] and row[measure] is not None:
+                yield f"{measure}, {row['model']}", common.short(row), [100 * row[measure]]
 
 
 def check(record):
     """The record itself. What is missing or odd in it raises here, where its file is known."""
     if record["stage"] not in STAGES:
         raise ValueError(f"stage {record['stage']!r}")
-    "".join(record[key] for key in ("source", "arch", "unit", "run", "name"))  # they are text
+    for key in ("source", "arch", "unit", "run", "name"):
+        if not isinstance(record[key], str):
+            raise TypeError(f"{key} {record[key]!r} is no text")
     identity(record)
     warn_of_differences([record])
+    independent([record])
     for block in TABLES:
         list(tables(block, [record], [record]))
     for split, report in record["reports"].items():
-        accuracies = [report[key] for key in common.MEANS]
-        if not all(0 <= accuracy <= 1 for accuracy in accuracies):
-            raise ValueError(f"accuracies of {split}: {accuracies}")
+        for key in common.MEANS:
+            if not 0 <= report[key] <= 1:
+                raise ValueError(f"{key} of {split}: {report[key]}")
     return record
 
 
@@ -207,37 +340,144 @@ def identity(record):
 
 def read_store(path):
     records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        with reading(f"{path} line {number}", "mend it, or delete it and --add its run again"):
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        advice = "mend it, or delete it and --add its run again"
+        with common.reading(f"{path} line {number}", advice):
             records.append(check(json.loads(line)))
     return records
 
 
+# ---- what runs that are averaged should be: alike, independent, of the network beside them ----
+
+
 def warn_of_differences(records):
-    """Runs of one name are averaged, so they should differ in the seed alone."""
+    """Runs of one name are averaged, so they should differ in the seed alone; so should the ERM
+    runs from which they started."""
     named = {}
     for run in records:
-        settings = {**run["settings"], "start": run.get("start", [""])[0]}
+        settings = {**GONE, **run["settings"]}
+        settings.pop("unit", None)  # runs of different units are not averaged
+        if settings.get("attributes") == list(common.CELEBA):
+            settings["attributes"] = None  # the default, which older versions wrote for any data
+        if "start" in run:
+            settings["start"] = run["start"][0]
+        if "erm" in run and run["stage"] != "erm":
+            for key, value in run["erm"]["settings"].items():
+                settings[f"{key} of ERM"] = value
         named.setdefault((data_of(run), run["unit"], run["name"]), []).append(settings)
     for (*_, name), of_name in named.items():
+        keys = {}
+        for settings in of_name:
+            keys.update(dict.fromkeys(settings))  # a set that keeps its order
         differ = []
-        for key in dict.fromkeys(key for settings in of_name for key in settings):
-            if len({json.dumps(settings.get(key)) for settings in of_name}) > 1:
+        for key in keys:
+            # What a run does not say, as its version did not, is not compared
+            values = {json.dumps(settings[key]) for settings in of_name if key in settings}
+            if len(values) > 1:
                 differ.append(key)
         if differ:
             common.warn(f"the runs called {name} differ in more than the seed: {', '.join(differ)}")
 
 
+def independent(records):
+    """The records without those that repeat an earlier one, which is said: a copy of it, or a run
+    of the same settings and seed, so that chance had no part in their agreement. A run is known by
+    what it holds and not by its folder; of older runs, which do not say enough, all are kept."""
+    first = {}
+    kept = []
+    repeated = {}
+    for run in records:
+        keys = contents(run)
+        earlier = [first[key] for key in keys if key in first]
+        if earlier:
+            repeated.setdefault((run["run"], earlier[0]["run"]), []).append(run["name"])
+        else:
+            kept.append(run)
+            first.update(dict.fromkeys(keys, run))
+    for (later, earlier), names in repeated.items():
+        common.warn(
+            f"{later} repeats {earlier} in {', '.join(names)} (a copy, or the same settings and "
+            "seed), which counts once"
+        )
+    return kept
+
+
+def contents(run):
+    """By what a run is known wherever it lies, as keys of which one that is equal is enough: the
+    training or network that it is of, and its settings with those of its ERM run."""
+    if "erm" not in run:
+        return []
+    erm = run["erm"]
+    own = [run["stage"], run["name"], run["seed"], run["settings"]]
+    start = run.get("start", [None])
+    networks = run.get("networks", {})  # of Grad-CAM
+    keys = [[*own, data_of(run), start[0], sorted(networks), erm["seed"], erm["settings"]]]
+    if run["stage"] == "erm":
+        keys.append([erm["id"]])
+    else:
+        keys.append([*own, start[-1], networks])
+    return [json.dumps(key, sort_keys=True) for key in keys]
+
+
+def warn_of_other_starts(found):
+    """Later stages should come from the ERM training that lies beside them, {path: record}; it may
+    have been run anew since."""
+    for path, run in found.items():
+        beside = found.get(path.parents[1] / "erm/results.json", {})
+        ids = [record.get("erm", {}).get("id") for record in (run, beside)]
+        if None not in ids and ids[0] != ids[1]:
+            common.warn(
+                f"{path.parent} does not come from the network in {path.parents[1]}/erm; was ERM "
+                "run again since?"
+            )
+
+
 # ---- statistics ----
+
+# The 97.5 % quantile of Student's t, {degrees of freedom: t}
+T_QUANTILES = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    11: 2.201,
+    12: 2.179,
+    13: 2.160,
+    14: 2.145,
+    15: 2.131,
+    16: 2.120,
+    17: 2.110,
+    18: 2.101,
+    19: 2.093,
+    20: 2.086,
+    21: 2.080,
+    22: 2.074,
+    23: 2.069,
+    24: 2.064,
+    25: 2.060,
+    26: 2.056,
+    27: 2.052,
+    28: 2.048,
+    29: 2.045,
+    30: 2.042,
+    40: 2.021,
+    60: 2.000,
+    120: 1.980,
+    1000: 1.962,
+}
 
 
 def t_quantile(df):
-    """The 97.5 % quantile of Student's t. With t = sqrt(df) tan(angle) its density becomes that of
-    cos(angle) ** (df - 1), of which a sum of rectangles is a good integral."""
-    edges = np.linspace(0, np.pi / 2, 100_001)
-    middles = (edges[1:] + edges[:-1]) / 2
-    area = np.cumsum([0, *np.cos(middles) ** (df - 1)])
-    return float(np.sqrt(df) * np.tan(np.interp(0.95 * area[-1], area, edges)))
+    """The 97.5 % quantile of Student's t; between the numbers of the table that of fewer degrees of
+    freedom, which makes intervals a little wider and never narrower."""
+    return T_QUANTILES[max(known for known in T_QUANTILES if known <= df)]
 
 
 def cell(values, sign=""):
@@ -256,16 +496,17 @@ def with_interval(values):
     """Of differences, with the 95 % t-interval of their mean."""
     if len(values) < 2:
         return signed(values)
+    mean = np.mean(values)
     half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{signed(values)} [{np.mean(values) - half:+.1f}, {np.mean(values) + half:+.1f}]"
+    return f"{signed(values)} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 # ---- what is averaged: (data set and network, row, column, value) one by one ----
 
 
 def data_of(run):
-    half = run["settings"].get("precision") == "bf16"
-    return f"{run['source']}, {run['arch']}{', bf16' * half}"
+    half = ", bf16" if run["settings"].get("precision") == "bf16" else ""
+    return f"{run['source']}, {run['arch']}{half}"
 
 
 def of_stage(runs, stage):
@@ -277,24 +518,20 @@ def worst(run, split="test"):
 
 
 def accuracies(shown, *_):
-    rows = {}  # what counts once: (run, row, split)
+    once = {}  # (run, row, split) by what counts once: several runs have one start
     for run in of_stage(shown, "erm"):
-        rows[identity(run)] = run, "ERM, selected epoch", "test"
+        once[identity(run)] = (run, "ERM, selected epoch", "test")
     for run in of_stage(shown, "finetune"):
-        once = json.dumps([data_of(run), run["run"], run["start"]])
-        rows[once] = run, f"before: {run['start'][0]}", "before"
+        start = json.dumps([data_of(run), run["run"], run["start"]])
+        once[start] = (run, f"before: {run['start'][0]}", "before")
     for run in of_stage(shown, "finetune"):
-        rows[identity(run)] = run, run["name"], "test"
-    for run, row, split in rows.values():
+        once[identity(run)] = (run, run["name"], "test")
+    for run, row, split in once.values():
         for key, column in common.MEANS.items():
             yield data_of(run), row, column, 100 * run["reports"][split][key]
 
 
 def differences(shown, found, _):
-    def budget(run):  # what a fine-tuning and its control have in common
-        settings = [run["settings"][key] for key in BUDGET]
-        return json.dumps([data_of(run), run["run"], run["start"], run["seed"], settings])
-
     tuned = of_stage(shown, "finetune")
     for run in tuned:
         yield data_of(run), run["name"], "worst group", worst(run)
@@ -307,23 +544,33 @@ def differences(shown, found, _):
                     common.warn(f"{run['run']}: two runs of {key} {value}; {run['name']} is taken")
                 control[budget(run)] = worst(run)
         for run in tuned:
-            compared = run["settings"]["method"] != "erm" and run["settings"].get(key) != value
-            if compared and budget(run) in control:
+            is_control = run["settings"]["method"] == "erm" or run["settings"].get(key) == value
+            if not is_control and budget(run) in control:
                 yield data_of(run), run["name"], column, worst(run) - control[budget(run)]
+
+
+def budget(run):
+    """What a fine-tuning and its control have in common."""
+    settings = [run["settings"][key] for key in BUDGET]
+    return json.dumps([data_of(run), run["run"], run["start"], run["seed"], settings])
 
 
 def erm_groups(shown, *_):
     for run in of_stage(shown, "erm"):
         for split in common.SPLITS:
             report = run["reports"][split]
-            for group, n, correct in zip(run["groups"], report["n"], report["correct"]):
+            for group, n, correct in zip(
+                run["groups"], report["n"], report["correct"], strict=True
+            ):
                 if n:
                     yield data_of(run), group, split, 100 * correct / n
 
 
 def table_lines(shown, _, stage):
     for run in of_stage(shown, stage):
-        of = f"{data_of(run)}, {run['unit']}s" if run["unit"] else data_of(run)
+        of = data_of(run)
+        if run["unit"]:
+            of += f", {run['unit']}s"
         for line, cells in run["lines"].items():
             for column, (value, *_) in cells.items():
                 yield of, line, column, value
@@ -346,55 +593,66 @@ def tables(block, shown, found):
     entries, form, what = TABLES[block]
     by_data = {}
     for data, row, column, value in entries(shown, found, block):
-        rows, columns = by_data.setdefault(data, ({}, {}))
         if not np.isfinite(value):
             raise ValueError(f"{row}, {column}: {value}")
-        columns[column] = None  # a set that keeps its order
+        rows, columns = by_data.setdefault(data, ({}, {}))
         rows.setdefault(row, {}).setdefault(column, []).append(value)
+        columns[column] = None  # a set that keeps its order
     for data, (rows, columns) in by_data.items():
         body = []
-        for row, values in rows.items():
-            cells = []
+        for row, cells in rows.items():
+            texts = [row]
             for column in columns:
                 paired = row.startswith("Control") or column.startswith("minus")
-                cells.append((with_interval if paired else form)(values.get(column, [])))
-            body.append([row, *cells])
+                write = with_interval if paired else form
+                texts.append(write(cells.get(column, [])))
+            body.append(texts)
         yield f"{data}: {what}", ["", *columns], body
 
 
 def print_table(heading, header, rows):
     print(f"\n{heading}")
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for name, *cells in [header, *rows]:
-        aligned = [f"{text:>{width}s}" for text, width in zip(cells, widths[1:])]
-        print(f"{name:{widths[0]}s}  {'  '.join(aligned)}")
+        line = f"{name:{widths[0]}s}"
+        for text, width in zip(cells, widths[1:], strict=True):
+            line += f"  {text:>{width}s}"
+        print(line)
 
 
 def with_tables(page, records):
-    """The text of the page, the tables between its markers made anew. A marker names a block and,
-    behind an @, a pattern of data and network, behind a space, one of rows, if not all shall stand
-    there."""
-
-    def fill(marker):
-        parts, (block, _, pattern) = [], marker[1].partition(" ")
-        block, _, data = block.partition("@")
-        for heading, header, rows in tables(block, records, records):
-            lines, rows = [f"{heading}:", ""], [row for row in rows if re.search(pattern, row[0])]
-            if not rows or not re.search(data, heading):
-                continue
-            for row in [header, ["---"] * len(header), *rows]:
-                lines.append(f"| {' | '.join(row)} |".replace("*", r"\*"))
-            parts.append("\n".join([*lines, ""]))
-        made = "\n".join(parts) or "No run yet.\n"
-        return f"<!-- numbers: {marker[1]} -->\n{made}\n<!-- end -->"
-
+    """The text of the page, the tables between its markers made anew. Raises BadInput."""
     advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
-    with reading(page, advice):
+    with common.reading(page, advice):
         text = page.read_text()
-        new, n = re.subn("<!-- numbers: (.*?) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+        new, n = re.subn(
+            "<!-- numbers: (.*?) -->.*?<!-- end -->",
+            lambda marker: marked_tables(marker[1], records),
+            text,
+            flags=re.DOTALL,
+        )
         if n != text.count("<!-- numbers:"):
             raise ValueError("a marker has no end")
     return new
+
+
+def marked_tables(marker, records):
+    """A marker of the page with its tables. It names a block and, behind an @, a pattern of data
+    and network, behind a space, one of rows, if not all shall stand there."""
+    block, _, row_pattern = marker.partition(" ")
+    block, _, data_pattern = block.partition("@")
+    made = ""
+    for heading, header, rows in tables(block, records, records):
+        rows = [row for row in rows if re.search(row_pattern, row[0])]
+        if rows and re.search(data_pattern, heading):
+            made += f"{heading}:\n\n"
+            for row in [header, ["---"] * len(header), *rows]:
+                line = " | ".join(row).replace("*", r"\*")
+                made += f"| {line} |\n"
+            made += "\n"
+    if not made:
+        made = "No run yet.\n\n"
+    return f"<!-- numbers: {marker} -->\n{made}<!-- end -->"
 
 
 def plot(records, path):
@@ -404,20 +662,14 @@ def plot(records, path):
     for run in of_stage(records, "finetune"):
         panels.setdefault(data_of(run), {}).setdefault(run["name"], []).append(run)
     if not panels:
-        return print("\nno fine-tuning run, so no Figure 6")
+        print("\nno fine-tuning run, so no Figure 6")
+        return
     widths = [0.6 + len(names) for names in panels.values()]
     fig = Figure(figsize=(max(4, 1.8 + 0.75 * sum(widths)), 4), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
-    whisker = {"lw": 0.9, "capsize": 3}
-    for ax, (data, names) in zip(axes, panels.items()):
+    for ax, (data, names) in zip(axes, panels.items(), strict=True):
         for i, runs in enumerate(names.values()):
-            for split, x, colour in (("before", i - 0.2, "0.85"), ("test", i + 0.2, "0.5")):
-                values = [worst(run, split) for run in runs]
-                spread = np.std(values, ddof=1) if len(values) > 1 else None
-                style = {"color": colour, "edgecolor": "black", "lw": 0.5}
-                label = None if i else {"before": "before", "test": "after"}[split]
-                ax.bar(x, np.mean(values), 0.4, yerr=spread, error_kw=whisker, label=label, **style)
-                ax.plot([x] * len(values), values, "o", color="black", mfc="white", ms=3.5)
+            plot_pair(ax, i, runs)
         ticks = [name.removeprefix("finetune-") for name in names]
         ax.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=8)
         ax.set_title(data, fontsize=9)
@@ -428,14 +680,32 @@ def plot(records, path):
     fig.legend(*handles, loc="outside lower center", ncols=2, fontsize=8)
     fig.suptitle("Mean, standard deviation and single runs", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_figure(fig, path)
+    common.write(path.parent, {path.name: fig})
     print(f"\nwrote {path}")
 
 
+def plot_pair(ax, i, runs):
+    """The bars of one fine-tuning, number i of its panel."""
+    styles = {
+        "before": {"x": i - 0.2, "color": "0.85", "label": "before"},
+        "test": {"x": i + 0.2, "color": "0.5", "label": "after"},
+    }
+    for split, style in styles.items():
+        values = [worst(run, split) for run in runs]
+        if i > 0:
+            style["label"] = None  # once in the legend
+        ax.bar(
+            height=np.mean(values),
+            width=0.4,
+            yerr=np.std(values, ddof=1) if len(values) > 1 else None,
+            error_kw={"lw": 0.9, "capsize": 3},
+            edgecolor="black",
+            lw=0.5,
+            **style,
+        )
+        ax.plot([style["x"]] * len(values), values, "o", color="black", mfc="white", ms=3.5)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    writes_here = arguments.add or arguments.write
-    folder = HERE if writes_here else (arguments.figure or FIGURE).parent
-    again = "nothing is half-written; the same command starts again"
-    with common.script(folder / "compare", again):
-        main(arguments)
+    with common.script():
+        main(parse_args())

@@ -43,13 +43,9 @@ tune "0 5 6" --name p1 --prune-fraction 0.01
 tune "0 5 6" --name p10 --prune-fraction 0.1
 tune "0 5 6" --name mixed --criterion mixed
 # Choices
-tune 5 --name logits --features logits
-tune 5 --name simclr --features projection
 tune 5 --name oneview --views one
-tune 5 --name mean --lam-reduction mean
 tune 5 --name smallest --order smallest
 tune 5 --name weight --unit weight
-tune 5 --name shared --aux-bn shared
 # Where the networks look, after the runs above; the default layer is too coarse (2 x 2)
 for s in $all; do
   after="--after runs/s$s/finetune/best.pt runs/s$s/erm-continued/best.pt"

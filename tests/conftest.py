@@ -1,9 +1,11 @@
 """Small data sets in the layouts that circulate, and the scripts run as a user runs them."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +45,8 @@ def write_images(folder, rows, size=(40, 32)):
 
 def write_table(folder, table, name="metadata.csv"):
     """Rows of cells, the header first, as a csv."""
-    (folder / name).write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+    lines = [",".join(map(str, row)) for row in table]
+    (folder / name).write_text("\n".join(lines) + "\n")
 
 
 def write_waterbirds(folder, counts=COUNTS):
@@ -59,38 +62,61 @@ def write_waterbirds(folder, counts=COUNTS):
 
 def write_celeba(folder, form="txt", images="img_align_celeba", lists=""):
     """CelebA's layout, official (txt) or mirrored (csv with CRLF, no newline at the end, the
-    partition in another order); y Blond_Hair, a Male. Returns the rows as labelled_rows does."""
+    partition in another order); y is Blond_Hair, a is Male, and Bald is the reverse of Blond_Hair.
+    Returns the rows as labelled_rows does."""
     rows = labelled_rows(pattern="{number:06d}.jpg")
     write_images(folder / images, rows)
     (folder / lists).mkdir(exist_ok=True)
     labels = [(name, 1 - 2 * y, 2 * y - 1, 2 * a - 1) for name, y, a, _ in rows]
-    parts = [(name, split) for name, *_, split in rows]
+    parts = [(name, split) for name, _, _, split in rows]
     if form == "txt":
-        labels = [(len(rows),), ("Bald", "Blond_Hair", "Male", ""), *labels, ()]
-        separator, end = "  ", "\n"
+        header = ("Bald", "Blond_Hair", "Male", "")
+        labels = [(len(rows),), header, *labels, ()]  # the first line is the number of images
+        separator = "  "
+        end = "\n"
     else:
-        labels.insert(0, ("image_id", "Bald", "Blond_Hair", "Male"))
+        labels = [("image_id", "Bald", "Blond_Hair", "Male"), *labels]
         parts = [("image_id", "partition"), *reversed(parts)]
-        separator, end = ",", "\r\n"
+        separator = ","
+        end = "\r\n"
     for stem, table in (("attr_celeba", labels), ("eval_partition", parts)):
-        text = end.join(separator.join(map(str, row)) for row in table)
-        (folder / lists / f"list_{stem}.{form}").write_bytes(text.encode())
+        lines = [separator.join(map(str, row)) for row in table]
+        (folder / lists / f"list_{stem}.{form}").write_bytes(end.join(lines).encode())
     return rows
 
 
 def run_script(*arguments, check=True, cwd=ROOT, **environment):
     """Run a script in a process of its own, without a network; returns the finished process."""
     nowhere = "http://127.0.0.1:9"  # nothing listens there
-    settings = {"http_proxy": nowhere, "https_proxy": nowhere, "OMP_NUM_THREADS": "1"}
-    settings = {"cwd": cwd, "env": {**os.environ, **settings, **environment}, "timeout": 300}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "http_proxy": nowhere,
+            "https_proxy": nowhere,
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
-SMALL = "--arch test_resnet --weights none --size 32 --batch-size 8 --lr 1e-2 --device cpu --seed 3"
-SMALL += " --epochs 4 --keep-epochs 2 3 --workers 0"
+@pytest.fixture(scope="session")
+def birds():
+    """The names in data/birds.py; from its path, as `data` is no package."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "data/birds.py")))
+
+
+SMALL = (
+    "--arch test_resnet --weights none --size 32 --batch-size 8 --lr 1e-2 --device cpu --seed 3 "
+    "--epochs 4 --keep-epochs 2 3 --workers 0"
+)
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 
 import common
-from common import BadInput, Variant, accuracy_under, build_model, modified, top_neurons
+from common import build_model, modified, top_neurons
 
+# G1 and G2 are minorities
 GROUPS = common.describe_groups(["a", "b"], ["x", "y"], [60, 20, 5, 15])
-NEURONS = [("resnet10", "conv1", 13, "channel", 1504)]
-NEURONS += [("resnet50", "layer1.0.downsample.0", 53, "channel", 26560)]  # section 2.1
-NEURONS += [("vit_tiny_patch16_224", "blocks.11.attn.qkv", 48, "weight", 5308416)]
 
 
 def network(arch="resnet10"):
@@ -21,12 +18,22 @@ def network(arch="resnet10"):
     return build_model(arch, 2, 32)
 
 
-def batches(sizes=(5, 3)):
-    generator, found = torch.Generator().manual_seed(0), []
+def make_batches(sizes=(5, 3)):
+    """Batches (x, y, g) of noise, with four groups."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
     for n in sizes:
         g = torch.randint(0, 4, (n,), generator=generator)
-        found.append((torch.randn(n, 3, 32, 32, generator=generator), g // 2, g))
-    return found
+        batches.append((torch.randn(n, 3, 32, 32, generator=generator), g // 2, g))
+    return batches
+
+
+def whole(batches):
+    """The same images as one batch."""
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+# ---- accuracies ----
 
 
 def test_group_report_by_hand(capsys):
@@ -36,41 +43,145 @@ def test_group_report_by_hand(capsys):
     report = common.group_report(predicted, g // 2, g, GROUPS)
     counts = [(row["n"], row["correct"], row["acc"]) for row in report["groups"]]
     assert counts == [(4, 3, 0.75), (2, 1, 0.5), (2, 1, 0.5), (0, 0, None)]
-    assert report["worst_group"] == 1 and report["acc_worst"] == 0.5  # the first of equals
+    assert [row["minority"] for row in report["groups"]] == [False, True, True, False]
+    assert report["worst_group"] == 1  # the first of equals
+    assert report["acc_worst"] == 0.5
     assert report["acc_mean"] == 5 / 8
     assert report["acc_mean_train_mix"] == pytest.approx((60 * 0.75 + 20 * 0.5 + 5 * 0.5) / 85)
-    row = {"epoch": 1, "loss": 1.0, "lr": 0.1, "seconds": 5, "train": report, "val": report}
-    common.print_epoch(row, 2)
-    assert " val  75.0  50.0*  50.0* - worst 50.0 (group 1)" in capsys.readouterr().out
+
+    row = {"epoch": 1, "terms": {"loss": 1.0}, "lr": 0.1, "seconds": 5}
+    common.print_epoch({**row, "train": report, "val": report}, 2)
+    line = capsys.readouterr().out
+    assert line.startswith("epoch 1/2 loss 1.0000 lr 1.0e-01 train  75.0  50.0*")
+    assert " val  75.0  50.0*  50.0*     - worst 50.0 (group 1)" in line
+
     before = common.group_report(1 - predicted, g // 2, g, GROUPS)  # its worst group is 0
-    common.print_splits("title", GROUPS, {"test": report}, {"test": before})
-    ends = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[3:]]
-    assert ends[:5] == ["25.0 -> 75.0", "50.0 -> 50.0<", "50.0 -> 50.0", "- -> -", "25.0 -> 50.0"]
+    common.print_splits("title", {"test": report}, {"test": before})
+    lines = capsys.readouterr().out.splitlines()[3:]
+    cells = [line[32:].strip() for line in lines]
+    assert cells == [
+        "25.0 -> 75.0",
+        "50.0 -> 50.0<",
+        "50.0 -> 50.0",
+        "- -> -",
+        "25.0 -> 50.0",  # worst group
+        "37.5 -> 62.5",  # mean: 3 and 5 of 8
+        "32.4 -> 67.6",  # (60 * 25 + 25 * 50) / 85 and (60 * 75 + 25 * 50) / 85
+    ]
+    assert lines[1].startswith("G1* a y ")
 
 
-@pytest.mark.parametrize("arch,layer,layers,unit,n", NEURONS)
-def test_neurons_of_an_architecture(arch, layer, layers, unit, n, capsys):
-    model = network(arch)
-    found, counts = common.count_neurons(model)
-    assert found == unit and sum(counts.values()) == n
-    assert layer in counts and len(counts) == layers  # no head, no normalisation
-    assert f"{n} neurons ({unit}s)" in capsys.readouterr().out
-    assert common.count_neurons(model, "channel")[0] == "channel"
+def test_predict_is_a_pass_over_all_images_in_eval_mode():
+    model = network().train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
+    batches = make_batches()
+    logits, classes, groups = common.predict(model, batches)
+    assert [module.training for module in model.modules()] == modes
+    x, y, g = whole(batches)
+    assert torch.allclose(logits, model.eval()(x), atol=1e-5)
+    assert torch.equal(classes, y)
+    assert torch.equal(groups, g)
 
 
-def test_odd_architectures():
-    """A head that is a convolution, attention of torch's own, linear layers that do not make a
-    network a transformer, and nothing in front of the head."""
-    squeezenet = common.prunable_layers(torchvision.models.squeezenet1_1(num_classes=2))
-    assert "features.0" in squeezenet and "classifier.1" not in squeezenet
+def test_sample_groups():
+    g = torch.tensor([0] * 50 + [1] * 20 + [2] * 4)
+    first, again, other = (common.sample_groups(g, GROUPS, 10, (1,), seed) for seed in (0, 0, 1))
+    assert [len(part) for part in first] == [10, 20, 4, 0]  # group 1 as a whole
+    for group, part in enumerate(first):
+        assert (g[part] == group).all()
+        assert part.tolist() == sorted(set(part.tolist()))
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert not torch.equal(torch.cat(first), torch.cat(other))
+    assert [len(part) for part in common.sample_groups(g, GROUPS)] == [50, 20, 4, 0]
+
+
+def test_worst_images_by_hand():
+    """Image i has the cross entropy of i wrong logits; of the three worst ones two are drawn."""
+    y = torch.zeros(6, dtype=torch.int64)
+    logits = torch.stack([torch.zeros(6), torch.arange(6.0)], dim=1)
+    drawn = set()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.tensor([0, 1, 2, 4, 5])  # 3 is not asked for
+        found = common.worst_images(logits, y, index, generator, highest=3, draw=2)
+        assert len(found) == 2
+        drawn.add(tuple(sorted(found.tolist())))
+    assert drawn == {(2, 4), (2, 5), (4, 5)}
+
+
+# ---- what a neuron is ----
+
+
+@pytest.mark.parametrize(
+    "arch, parameter, layers, unit, n",
+    [
+        ("resnet10", "conv1.weight", 13, "channel", 1504),
+        ("resnet50", "layer1.0.downsample.0.weight", 53, "channel", 26560),  # section 2.1
+        ("vit_tiny_patch16_224", "blocks.11.attn.qkv.weight", 48, "weight", 5308416),
+    ],
+)
+def test_neurons_of_an_architecture(arch, parameter, layers, unit, n):
+    weights = common.prunable_weights(network(arch))
+    assert common.choose_unit(weights) == unit
+    assert parameter in weights
+    assert len(weights) == layers  # no head, no normalisation
+    assert sum(common.count_neurons(weights, unit).values()) == n
+    rows = sum(weight.shape[0] for weight in weights.values())
+    assert sum(common.count_neurons(weights, "channel").values()) == rows
+
+
+def test_a_head_that_is_a_convolution():
+    weights = common.prunable_weights(torchvision.models.squeezenet1_1(num_classes=2))
+    assert "features.0.weight" in weights
+    assert "classifier.1.weight" not in weights
+
+
+def test_attention_of_torchs_own():
+    """Its query, key and value are one matrix that is called in_proj_weight."""
     transformer = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=2)
-    attention = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
-    assert attention in common.prunable_layers(transformer)
-    layers = [torch.nn.Conv2d(3, 64, 7), *(torch.nn.Linear(64, n) for n in (64, 64, 2))]
-    assert common.count_neurons(torch.nn.Sequential(*layers))[0] == "channel"
+    weights = common.prunable_weights(transformer)
+    layer = "encoder.layers.encoder_layer_1"
+    assert weights[f"{layer}.self_attention.in_proj_weight"].shape == (48, 16)
+    assert f"{layer}.self_attention.out_proj.weight" in weights
+    assert f"{layer}.mlp.0.weight" in weights
+    assert len(weights) == 2 * 4  # in two blocks: in and out of attention, and two of the MLP
+    assert common.choose_unit(weights) == "weight"
+
+
+def test_linear_layers_do_not_make_a_network_a_transformer():
+    """9,408 weights in the convolution, 8,192 in the two linear layers before the head."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 64, 7),
+        torch.nn.Linear(64, 64),
+        torch.nn.Linear(64, 64),
+        torch.nn.Linear(64, 2),
+    )
+    weights = common.prunable_weights(model)
+    assert list(weights) == ["0.weight"]
+    assert common.choose_unit(weights) == "channel"
+
+
+def test_the_head_is_what_pretrained_cfg_says():
+    """Here the first layer and, of two heads, the first and the last; else it is the last one."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
+    assert common.head_names(model) == ("3",)
+    assert list(common.prunable_weights(model)) == ["0.weight", "1.weight", "2.weight"]
+    model.pretrained_cfg = {"classifier": "0"}
+    assert list(common.prunable_weights(model)) == ["1.weight", "2.weight", "3.weight"]
+    model.pretrained_cfg = {"classifier": ("0", "3")}
+    assert list(common.prunable_weights(model)) == ["1.weight", "2.weight"]
+    model.pretrained_cfg = {"classifier": None}  # as of networks that timm builds without a head
+    assert common.head_names(model) == ("3",)
+
+
+def test_networks_without_neurons():
     for layers in ([torch.nn.Flatten(), torch.nn.Linear(3, 2)], [torch.nn.Flatten()]):
-        with pytest.raises(BadInput, match="neither convolutions nor linear layers"):
-            common.prunable_layers(torch.nn.Sequential(*layers))
+        with pytest.raises(ValueError, match="no convolution and no linear layer before its head"):
+            common.prunable_weights(torch.nn.Sequential(*layers))
+
+
+# ---- scores ----
 
 
 def test_top_neurons_are_the_largest():
@@ -78,60 +189,166 @@ def test_top_neurons_are_the_largest():
     assert top_neurons(scores, 1) == [("a", 1)]  # of equals the earlier layer
     assert top_neurons(scores, 5) == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]
     for k in (0, 6):
-        with pytest.raises(BadInput, match="expected 1 to 5"):
+        with pytest.raises(ValueError, match=f"top {k} of 5 neurons: expected 1 to 5"):
             top_neurons(scores, k)
     assert common.locate([0, 2, 3], {"a": 3, "b": 2}) == [("a", 0), ("a", 2), ("b", 0)]
 
 
-@pytest.mark.parametrize("arch,unit", [("resnet10", "channel"), ("vit_tiny_patch16_224", "weight")])
-def test_logits_and_scores_against_a_slow_second_way(arch, unit):
-    """Norms filter by filter; the gradient is of the mean over all images, however they are cut
-    into batches, and there in a frozen network too."""
-    model, data = network(arch).train().requires_grad_(False), batches()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_top_neurons_against_a_stable_sort(dtype):
+    """Many equals, among them infinite ones of both signs and zeros of both."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {}
+    for name, n in (("a", 70), ("b", 3), ("c", 90)):
+        scores[name] = torch.randint(-2, 3, (n,), generator=generator).to(dtype)
+    scores["a"][[5, 60]] = torch.inf
+    scores["c"][[1, 2]] = -torch.inf
+    scores["c"][scores["c"] == 0] *= -1
+    places = [(name, index) for name, values in scores.items() for index in range(len(values))]
+    places.sort(key=lambda place: -scores[place[0]][place[1]].item())
+    for k in (1, 2, 40, 162, 163):
+        assert top_neurons(scores, k) == places[:k]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_scores_that_are_not_a_number_are_refused(k):
+    scores = {"a": torch.tensor([1.0, torch.nan]), "b": torch.tensor([2.0, 3.0])}
+    with pytest.raises(ValueError, match="not a number"):
+        top_neurons(scores, k)
+
+
+def test_needs_gradient(monkeypatch):
+    criteria = {
+        "product": (lambda z, v: z * v, True),
+        "positive": (lambda z, v: z * (v > 0), True),
+        "square": (lambda z, v: z.square(), False),
+        "even": (lambda z, v: torch.ones_like(v), False),
+    }
+    for name, (criterion, _) in criteria.items():
+        monkeypatch.setitem(common.CRITERIA, name, criterion)
+    assert not common.needs_gradient("magnitude")
+    assert common.needs_gradient("gradient")
+    for name, (_, needed) in criteria.items():
+        assert common.needs_gradient(name) == needed, name
+
+
+@pytest.mark.parametrize(
+    "arch, unit", [("resnet10", "channel"), ("vit_tiny_patch16_224", "weight")]
+)
+def test_scores_against_a_slow_second_way(arch, unit):
+    """Norms neuron by neuron; the gradient is of the mean over all images, however they are cut
+    into batches, and there in a frozen network, too."""
+    model = network(arch).train().requires_grad_(False)
     next(model.children()).eval()
     modes = [module.training for module in model.modules()]
-    logits, *_ = common.predict(model, data)
-    magnitude = common.magnitude_scores(model, unit)
-    gradient = common.gradient_scores(model, data, unit)
+    weights = common.prunable_weights(model)
+    gradients = common.mean_gradient(model, weights, make_batches())
     assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    x, y, _ = (torch.cat(parts) for parts in zip(*data))
-    expected = model.eval().requires_grad_()(x)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    F.cross_entropy(expected, y).backward()
-    for layer in list(magnitude)[::4]:
-        weight = model.get_submodule(layer).weight
+    magnitude = common.score_neurons(weights, {}, "magnitude", unit)  # without a gradient
+    gradient = common.score_neurons(weights, gradients, "gradient", unit)
+
+    x, y, _ = whole(make_batches())
+    logits = model.eval().requires_grad_()(x)
+    torch.nn.functional.cross_entropy(logits, y).backward()
+    for name in list(weights)[::4]:
+        weight = model.get_parameter(name)
         for found, values in ((magnitude, weight.detach()), (gradient, weight.grad)):
             for i in (0, 3):
-                norm = (values[i] if unit == "channel" else values.flatten()[i]).norm().item()
-                assert found[layer][i].item() == pytest.approx(norm, rel=1e-3, abs=1e-7)
-    with pytest.raises(BadInput, match="no image"):
-        common.gradient_scores(model, [])
+                part = values[i] if unit == "channel" else values.flatten()[i]
+                norm = part.norm().item()
+                assert found[name][i].item() == pytest.approx(norm, rel=1e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("unit,index", [("channel", 5), ("weight", 200)])
-@pytest.mark.parametrize("how", common.MODIFICATIONS)
+def test_a_gradient_without_images_is_refused():
+    model = network()
+    with pytest.raises(ValueError, match="no image"):
+        common.mean_gradient(model, common.prunable_weights(model), [])
+
+
+def test_a_weight_that_eval_mode_skips_has_a_gradient_of_0():
+    class Branch(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = torch.nn.Linear(4, 4)
+            self.skipped = torch.nn.Linear(4, 4)
+            self.head = torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.used(x)
+            if self.training:
+                x = self.skipped(x)
+            return self.head(x)
+
+    model = Branch()
+    batches = [(torch.ones(2, 4), torch.tensor([0, 1]))]
+    found = common.mean_gradient(model, common.prunable_weights(model), batches)
+    assert found.keys() == {"used.weight", "skipped.weight"}
+    assert found["used.weight"].any()
+    assert not found["skipped.weight"].any()
+
+
+# ---- changes of weights ----
+
+
+@pytest.mark.parametrize("unit, index", [("channel", 5), ("weight", 200)])
+@pytest.mark.parametrize("how", ["zero", "random-init", "random-noise"])
 def test_masked_modified_and_as_it_was(unit, index, how):
-    model, neurons = network().to(memory_format=torch.channels_last), [("conv1", index)]
+    """Also where filters do not lie one behind the other in memory, and after an error."""
+    model = network().to(memory_format=torch.channels_last)
+    weights = common.prunable_weights(model)
+    neurons = [("conv1.weight", index)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     old = before["conv1.weight"]
     place = (index,) if unit == "channel" else (1, 1, 0, 4)  # 200 = 147 + 49 + 4
-    with pytest.raises(KeyError), modified(model, neurons, how, 0.1, 7, unit):
+    with pytest.raises(KeyError), modified(weights, neurons, how, 0.1, 7, unit):
         now = model.conv1.weight.detach().clone()
         raise KeyError
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    noise = torch.randn(old[place].shape, generator=torch.Generator().manual_seed(7)) * 0.1
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    noise = 0.1 * torch.randn(old[place].shape, generator=torch.Generator().manual_seed(7))
     expected = {"zero": 0 * noise, "random-init": noise, "random-noise": old[place] + noise}
     assert torch.allclose(now[place], expected[how])
     now[place] = old[place]
     assert torch.equal(now, old)
-    masks = common.neuron_masks(model, neurons, unit)
-    assert masks.keys() == {"conv1.weight"} and not masks["conv1.weight"][place].any()
+
+    masks = common.neuron_masks(weights, neurons, unit)
+    assert masks.keys() == {"conv1.weight"}
+    assert not masks["conv1.weight"][place].any()
     masks["conv1.weight"][place] = True
     assert masks["conv1.weight"].all()
-    for other, sigma in (("random-init", 0.0), ("random-noise", float("nan")), ("smallest", 1.0)):
-        with pytest.raises(BadInput, match="sigma > 0"), modified(model, [], other, sigma):
-            pass
+
+
+@pytest.mark.parametrize(
+    "how, sigma", [("random-init", 0.0), ("random-noise", float("nan")), ("smallest", 1.0)]
+)
+def test_modifications_that_are_none(how, sigma):
+    weights = common.prunable_weights(network())
+    with pytest.raises(ValueError, match="sigma > 0"), modified(weights, [], how, sigma):
+        pass
+
+
+def test_noise_is_drawn_in_the_order_of_the_neurons():
+    """So the top 2 get what the top 1 got, and noise for the second."""
+    layer = torch.nn.Linear(3, 4)
+    weights = {"w": layer.weight}
+    with modified(weights, [("w", 2), ("w", 0)], "random-init", 0.5, 9):
+        both = layer.weight.detach().clone()
+    with modified(weights, [("w", 2)], "random-init", 0.5, 9):
+        assert torch.equal(layer.weight[2], both[2])
+    with modified(weights, [("w", 0), ("w", 2)], "random-init", 0.5, 9):
+        assert torch.equal(layer.weight[0], both[2])
+
+
+def test_a_neuron_named_twice_comes_back():
+    layer = torch.nn.Linear(3, 4)
+    before = layer.weight.detach().clone()
+    with modified({"w": layer.weight}, [("w", 1), ("w", 1)], "random-noise", 1.0):
+        assert not torch.equal(layer.weight[1], before[1])
+    assert torch.equal(layer.weight, before)
+
+
+# ---- the trace ----
 
 
 class Odd(torch.nn.Module):
@@ -141,15 +358,18 @@ class Odd(torch.nn.Module):
     def __init__(self, branching):
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.conv = (torch.nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8))
-        self.last, self.unused = (torch.nn.Conv2d(8, 8, 1) for _ in range(2))
-        self.head, self.branching = torch.nn.Linear(8, 2), branching
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.last = torch.nn.Conv2d(8, 8, 1)
+        self.unused = torch.nn.Conv2d(8, 8, 1)
+        self.head = torch.nn.Linear(8, 2)
+        self.branching = branching
 
     def forward(self, x):
         skip = self.stem(x.sub_(0.1))
         view = skip.flatten(2)
         x = self.conv(skip)
-        x = x + F.relu(skip, inplace=True)  # changes view, too
+        x = x + torch.nn.functional.relu(skip, inplace=True)  # changes view, too
         if self.branching and x.mean() > 0:  # torch.fx cannot follow this
             x = x * 2
         x = self.last(self.conv(x))
@@ -157,50 +377,159 @@ class Odd(torch.nn.Module):
         return (self.head(x.mean((2, 3)) + view.mean(2)), self.unused(x))[0]
 
 
-def by_brute_force(model, data, variant, unit):
-    """Counts of one variant by a full pass of a really modified copy."""
-    model, other, counts = copy.deepcopy(model).eval(), copy.deepcopy(model).eval(), {}
-    x, y, g = (torch.cat(parts) for parts in zip(*data))
-    with torch.inference_mode(), variant.applied(other, unit):
-        before, after = (net(x.clone()).argmax(1) == y for net in (model, other))
-    for j in g.unique().tolist():
-        if variant.groups is None or j in variant.groups:
-            b, a = before[g == j], after[g == j]
+class Tied(torch.nn.Module):
+    """Two convolutions that share a weight, which is known by the name of the first, and a further
+    one between them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.first = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.between = torch.nn.Conv2d(8, 8, 1)
+        self.second = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.first(self.stem(x).relu())
+        x = self.second(self.between(x.relu()))
+        return self.head(x.mean((2, 3)))
+
+
+class Parameters(torch.nn.Module):
+    """Uses the weight of a layer without the layer, as attention of torch's own does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = torch.nn.Conv2d(3, 8, 4, stride=4)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = torch.nn.Linear(8, 64)
+        self.head = torch.nn.Linear(64, 2)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = torch.nn.functional.linear(x, self.mlp.weight).relu()
+        return self.head(x.mean(1))
+
+
+KINDS = {
+    "resnet10": network,
+    "vit": lambda: network("vit_tiny_patch16_224"),
+    "odd": lambda: Odd(branching=False),
+    "branching": lambda: Odd(branching=True),
+    "tied": Tied,
+    "parameters": Parameters,
+}
+
+
+def make_variants(weights, unit):
+    """Zeroed and replaced neurons of some layers, and of the first and last layer together."""
+    counts = common.count_neurons(weights, unit)
+    variants = []
+    for n, name in enumerate(list(counts)[:: max(len(counts) // 5, 1)]):
+        k = min(counts[name], 3 if unit == "channel" else 500)
+        neurons = [(name, index) for index in range(k)]
+        variants.append({"neurons": neurons})
+        variants.append({"neurons": neurons[:2], "how": "random-init", "sigma": 100.0, "seed": n})
+    first, *_, last = counts
+    both = [(first, 0), (last, 1)]
+    variants.append({"neurons": both, "how": "random-noise", "sigma": 100.0})
+    return variants
+
+
+def by_brute_force(model, batches, variant, unit):
+    """Counts of one variant by full passes of a copy that really is modified."""
+    model = copy.deepcopy(model).eval()
+    other = copy.deepcopy(model)
+    counts = {}
+    for x, y, g in batches:
+        with torch.inference_mode():
+            before = model(x.clone()).argmax(1) == y
+            with modified(dict(other.named_parameters()), unit=unit, **variant):
+                after = other(x.clone()).argmax(1) == y
+        for j in g.unique().tolist():
+            b = before[g == j]
+            a = after[g == j]
             numbers = (len(b), b.sum(), a.sum(), (b & ~a).sum(), (~b & a).sum())
-            counts[j] = dict(zip(common.COUNTS, map(int, numbers)))
+            row = counts.setdefault(j, dict.fromkeys(common.COUNTS, 0))
+            for name, value in zip(common.COUNTS, numbers, strict=True):
+                row[name] += int(value)
     return counts
 
 
-@pytest.mark.parametrize("kind", ["resnet10", "vit_tiny_patch16_224", "odd", "branching"])
-def test_accuracy_under_against_really_modified_copies(kind, capsys):
-    model = Odd(kind == "branching") if kind in ("odd", "branching") else network(kind)
-    data, (unit, counts) = batches((12, 9)), common.count_neurons(model)
-    state, images = copy.deepcopy(model.state_dict()), copy.deepcopy(data)
-    variants = []
-    for n, layer in enumerate(list(counts)[:: max(len(counts) // 5, 1)]):
-        neurons = [(layer, i) for i in range(min(counts[layer], 3 if unit == "channel" else 3000))]
-        variants.append(Variant(neurons, groups=(1, 2) if n % 2 else None))
-        variants.append(Variant(neurons[:2], "random-init", 100.0, n))
-    first, *_, last = counts
-    variants.append(Variant([(first, 0), (last, 1)], "random-init", 100.0))
-    x = data[0][0]
-    with torch.inference_mode():  # the graph gives the same logits, bit for bit
-        traced = common.trace_graph(model.eval(), x[:2])
-        ways = [common.logits_under(model, x.clone(), variants, unit, t) for t in (traced, None)]
-    assert all(map(torch.equal, *([whole, *found] for whole, found in ways)))
-    found = accuracy_under(model.train(), data, variants, unit)
-    assert found == [by_brute_force(model, data, variant, unit) for variant in variants]
-    assert any(row["to_wrong"] + row["to_right"] for by in found for row in by.values())
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all(torch.equal(x, image) for (x, *_), (image, *_) in zip(data, images))
-    assert model.training and ("full pass" in capsys.readouterr().err) == (kind == "branching")
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_pass_against_full_passes_and_really_modified_copies(kind, capsys):
+    """Logits bit for bit, counts number for number; weights, images and modes stay as they were."""
+    model = KINDS[kind]().train()
+    batches = make_batches((12, 9))
+    weights = common.prunable_weights(model)
+    unit = common.choose_unit(weights)
+    variants = make_variants(weights, unit)
+    state = copy.deepcopy(model.state_dict())
+    images = copy.deepcopy(batches)
+
+    passes = common.OnePass()
+    x = batches[0][0]
+    with common.evaluating(model), torch.inference_mode():
+        logits, found = common.full_passes(model, x, variants, weights, unit)
+        fast_logits, fast = passes(model, x, variants, weights, unit)
+    assert torch.equal(logits, fast_logits)
+    assert len(found) == len(fast) == len(variants)
+    for slow, quick in zip(found, fast, strict=True):
+        assert torch.equal(slow, quick)
+    assert not all(torch.equal(logits, changed) for changed in found)
+
+    expected = [by_brute_force(model, batches, variant, unit) for variant in variants]
+    assert common.count_right(model, batches, variants, weights, unit) == expected
+    assert common.count_right(model, batches, variants, weights, unit, passes) == expected
+    assert any(row["to_wrong"] + row["to_right"] for by in expected for row in by.values())
+
+    assert model.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    for (x, *_), (before, *_) in zip(batches, images, strict=True):
+        assert torch.equal(x, before)
+    assert ("takes a full pass" in capsys.readouterr().err) == (kind == "branching")
 
 
-def test_sample_groups():
-    g = torch.tensor([0] * 50 + [1] * 20 + [2] * 4)
-    drawn = [common.sample_groups(g, GROUPS, 10, (1,), seed) for seed in (0, 0, 1)]
-    loader = common.make_loader(torch.utils.data.TensorDataset(g), 10, parts=drawn[0])
-    assert [of.tolist() for (of,) in loader] == [10 * [0], 10 * [1], 10 * [1], 4 * [2]]
-    first, again, other = map(torch.cat, drawn)
-    assert len(first.unique()) == 34 and first.equal(again) and not first.equal(other)
-    assert [len(part) for part in common.sample_groups(g, GROUPS)] == [50, 20, 4, 0]
+def test_tied_weights_are_one():
+    """Named once; zeroed in both places; and both places are in the gradient."""
+    model = Tied().eval()
+    weights = common.prunable_weights(model)
+    assert list(weights) == ["stem.weight", "first.weight", "between.weight"]
+    x, y, g = whole(make_batches())
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    (expected,) = torch.autograd.grad(loss, [model.first.weight])
+    found = common.mean_gradient(model, weights, [(x, y, g)])["first.weight"]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+    apart = copy.deepcopy(model)
+    apart.second.weight = torch.nn.Parameter(model.first.weight.detach().clone())
+    apart.first.weight.data[3] = 0
+    apart.second.weight.data[3] = 0
+    variants = [{"neurons": [("first.weight", 3)]}]
+    with torch.inference_mode():
+        for passes in (common.full_passes, common.OnePass()):
+            logits, (changed,) = passes(model, x, variants, weights)
+            assert torch.equal(changed, apart(x))
+            assert not torch.equal(changed, logits)
+
+
+def test_one_pass_runs_what_lies_before_a_changed_layer_once():
+    """Three variants of the last layer: the stem runs once for all, the last layer four times."""
+    model = Odd(branching=False).eval()
+    weights = common.prunable_weights(model)
+    variants = [{"neurons": [("last.weight", index)]} for index in range(3)]
+    passes = common.OnePass()
+    x = torch.randn(4, 3, 32, 32)
+    calls = []
+    with torch.inference_mode():
+        passes(model, x, variants, weights)  # the first call traces
+        model.stem.register_forward_hook(lambda *_: calls.append("stem"))
+        model.last.register_forward_hook(lambda *_: calls.append("last"))
+        passes(model, x, variants, weights)
+    assert calls.count("stem") == 1
+    assert calls.count("last") == 4

@@ -1,7 +1,9 @@
 """results/compare.py on hand-made runs; the report agrees with numbers.jsonl."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 import common
@@ -9,41 +11,89 @@ from results import compare
 
 from .conftest import ROOT, run_script
 
-ARGS = {"seed": 0, "epochs": 5, "lr": 2e-4, "batch_size": 128, "augment": "none", "method": "new"}
 DATA = "a/metadata.csv, net"
 
 
 def report(worst):
-    group = {"group": 1, "name": "kind 1", "minority": True, "n": 10, "correct": 10 * worst}
+    group = {
+        "group": 1,
+        "name": "kind 1",
+        "minority": True,
+        "n": 10,
+        "correct": 10 * worst,
+    }
     return {"groups": [group], "acc_worst": worst, "acc_mean": 0.7, "acc_mean_train_mix": 0.9}
 
 
-def put(folder, worst=0.5, before=0.2, result=None, **args):
-    """A finished stage as the scripts write it, of fine-tuning unless `result` says otherwise."""
-    splits = {"train": report(0.9), "val": report(0.1), "test": report(worst)}
-    whole = {"stage": "finetune", "source": "/x/a/metadata.csv", "arch": "net", "splits": splits}
-    whole |= {"before": {"test": report(before)}, "start": "best.pt", "start_epoch": 7}
+def put(folder, worst=0.5, before=0.2, result=None, start="w", **args):
+    """A finished stage as the scripts write it, of fine-tuning unless `result` says otherwise;
+    start: the fingerprint of the network that it started from."""
+    results = {
+        "stage": "finetune",
+        "source": "/x/a/metadata.csv",
+        "arch": "net",
+        "splits": {"train": report(0.9), "val": report(0.1), "test": report(worst)},
+        "before": {"test": report(before)},
+        "start": "best.pt",
+        "start_epoch": 7,
+        **(result or {}),
+    }
+    arguments = {
+        "seed": 0,
+        "epochs": 5,
+        "lr": 2e-4,
+        "batch_size": 128,
+        "augment": "none",
+        "method": "new",
+        "device": "cpu",
+        **args,
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(whole | (result or {})))
-    (folder / "args.json").write_text(json.dumps({"args": ARGS | args, "inputs": {"start": "w"}}))
+    (folder / "results.json").write_text(json.dumps(results))
+    about = {"args": arguments, "inputs": {"start": start}}
+    (folder / "args.json").write_text(json.dumps(about))
+
+
+def put_pair(run, seed, worst, training=None, size=32):
+    """ERM of a seed and a fine-tuning of it, as runs that know their ERM training write them.
+    training: what the training is known by."""
+    training = training or f"training {seed}"
+    erm = {"id": training, "settings": {"seed": seed, "size": size}}
+    put(run / "erm", worst, result={"stage": "erm", "erm": erm}, seed=seed, size=size)
+    put(run / "finetune", worst, result={"erm": erm}, start=f"{training}, epoch 7", seed=seed)
 
 
 def table(block, *folders):
     """{(data, row): cells} of a block."""
-    (found, shown), cells = compare.read_runs(folders), {}
-    for heading, _, rows in compare.tables(block, shown, found):
-        cells |= {(heading.split(":")[0], name): row for name, *row in rows}
+    found, shown = compare.read_runs(folders)
+    cells = {}
+    for heading, _, rows in compare.tables(block, compare.independent(shown), found):
+        for name, *row in rows:
+            cells[heading.split(":")[0], name] = row
     return cells
 
 
 def test_t_quantiles_and_intervals():
-    for df, value in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (1000, 1.962)):
-        assert abs(compare.t_quantile(df) - value) < 6e-4
-    assert compare.with_interval([-1.26]) == "-1.3 (1)" and compare.cell([]) == "-"
+    """The table of quantiles against the integral of the density of t, which with t = sqrt(df)
+    tan(angle) is that of cos(angle) ** (df - 1)."""
+    edges = np.linspace(0, np.pi / 2, 100_001)
+    middles = (edges[1:] + edges[:-1]) / 2
+    for df, quantile in compare.T_QUANTILES.items():
+        area = np.cumsum(np.cos(middles) ** (df - 1))
+        angle = np.interp(0.95 * area[-1], area, edges[1:])
+        assert quantile == pytest.approx(np.sqrt(df) * np.tan(angle), abs=6e-4), df
+    for df, known in ((39, 30), (59, 40), (119, 60), (999, 120), (10**6, 1000)):
+        assert compare.t_quantile(df) == compare.T_QUANTILES[known]
+    # 2.776 * 1.5811 / sqrt(5) = 1.963
+    assert compare.with_interval([1, 2, 3, 4, 5]) == "+3.0 +- 1.6 (5) [+1.0, +5.0]"
+    assert compare.with_interval([-1.26]) == "-1.3 (1)"
+    assert compare.cell([]) == "-"
 
 
 def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
-    r0, r1, alone = (tmp_path / name for name in ("r0", "r1", "alone"))
+    r0 = tmp_path / "r0"
+    r1 = tmp_path / "r1"
+    alone = tmp_path / "alone"
     for run, before, erm, tuned in ((r0, 0.2, 0.3, 0.5), (r1, 0.4, 0.5, 0.6)):
         put(run / "finetune", tuned, before)
         put(run / "control", erm, before, method="erm")
@@ -53,15 +103,17 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
         put(run / "other-start", 0.9, before, {"start_epoch": 8}, method="erm")
     put(alone / "finetune", 0.9, 0.8)
     put(alone / "erm", 0.2, result={"stage": "erm"})
-    gains, rows = (table(block, r0, r1, alone) for block in ("differences", "wga"))
+    gains = table("differences", r0, r1, alone)
     assert "r1: two runs of criterion random; random is taken" in capsys.readouterr().err
-    minus_erm = "+15.0 +- 7.1 (2) [-48.5, +78.5]"  # 20 and 10; 12.706 * 7.07 / sqrt(2) = 63.5
-    minus_random = "+5.0 +- 7.1 (2) [-58.5, +68.5]"
-    minus_before = "+20.0 +- 10.0 (3) [-4.8, +44.8]"
-    assert gains[DATA, "finetune"][1:] == [minus_before, minus_erm, minus_random]
-    assert gains[DATA, "control"][2:] == ["-", "-"]  # below, the controls were not asked for
-    (alone_in_r0,) = table("differences", r0 / "finetune").values()
+    assert gains[DATA, "finetune"][1:] == [
+        "+20.0 +- 10.0 (3) [-4.8, +44.8]",  # minus before
+        "+15.0 +- 7.1 (2) [-48.5, +78.5]",  # minus ERM: 20 and 10; 12.706 * 7.07 / sqrt(2) = 63.5
+        "+5.0 +- 7.1 (2) [-58.5, +68.5]",  # minus random
+    ]
+    assert gains[DATA, "control"][2:] == ["-", "-"]
+    (alone_in_r0,) = table("differences", r0 / "finetune").values()  # its controls lie beside it
     assert alone_in_r0 == ["50.0 (1)", "+30.0 (1)", "+20.0 (1)", "+10.0 (1)"]
+    rows = table("wga", r0, r1, alone)
     assert rows[DATA, "before: best.pt"][0].endswith("(5)")  # two starts in r0 and r1
     assert rows[DATA, "ERM, selected epoch"] == ["20.0 (1)", "70.0 (1)", "90.0 (1)"]
     assert table("groups", alone)[DATA, "G1* kind 1"] == ["90.0 (1)", "10.0 (1)", "20.0 (1)"]
@@ -77,56 +129,256 @@ def test_csv_files_of_equal_name_stay_apart(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("finetune differ in more than the seed: lr\n")
 
 
+@pytest.mark.parametrize("kind", ["a copy", "the same seed again", "extended and copied"])
+def test_what_repeats_a_run_counts_once(tmp_path, capsys, kind):
+    put_pair(tmp_path / "r0", 0, 0.4)
+    put_pair(tmp_path / "r1", 1, 0.6)
+    if kind == "the same seed again":  # with other rounding errors, as on another processor
+        put_pair(tmp_path / "r2", 0, 0.41, training="another machine's")
+    else:
+        shutil.copytree(tmp_path / "r0", tmp_path / "r2")
+    if kind == "extended and copied":
+        erm = json.loads((tmp_path / "r2/erm/results.json").read_text())
+        put(tmp_path / "r2/erm", 0.9, result={**erm, "epochs": 9}, epochs=9)
+    rows = table("wga", tmp_path / "r0", tmp_path / "r1", tmp_path / "r2")
+    assert rows[DATA, "ERM, selected epoch"][0] == "50.0 +- 14.1 (2)"
+    assert rows[DATA, "finetune"][0] == "50.0 +- 14.1 (2)"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "r2 repeats r0 in erm, finetune" in said
+
+
+def test_runs_that_do_not_repeat_one_another_count(tmp_path, capsys):
+    """Other seeds, other fine-tunings of one ERM training, other networks in one trace, and runs of
+    older versions, which do not say what they come from."""
+    put_pair(tmp_path / "r0", 0, 0.4)
+    put_pair(tmp_path / "r1", 1, 0.6)
+    put(tmp_path / "r0/other", 0.4)
+    put(tmp_path / "r1/other", 0.4)
+    erm = {"id": "training 0", "settings": {"seed": 0}}
+    for i, epoch in enumerate((5, 10)):
+        result = {
+            "stage": "structured",
+            "groups": [],
+            "summary": {"random": {"groups": [], "thirds": {"first": 1}}},
+            "checkpoint": f"erm/epoch_{epoch:03d}.pt",
+            "epoch": epoch,
+            "network": f"epoch {epoch}",
+            "erm": erm,
+        }
+        put(tmp_path / f"r{i + 2}/structured", result=result)
+    folders = [tmp_path / f"r{i}" for i in range(4)]
+    assert table("wga", *folders)[DATA, "finetune"][0] == "50.0 +- 14.1 (2)"
+    assert table("wga", *folders)[DATA, "other"][0] == "40.0 +- 0.0 (2)"
+    assert table("structured", *folders)[DATA, "random"] == ["100.0 +- 0.0 (2)"]
+    assert capsys.readouterr().err == ""
+    compare.warn_of_differences(compare.read_runs(folders)[1])
+    said = "the runs called structured differ in more than the seed: start\n"
+    assert capsys.readouterr().err == f"warning: {said}"
+
+
+def test_settings_of_the_erm_run_are_compared(tmp_path, capsys):
+    put_pair(tmp_path / "r0", 0, 0.4, size=32)
+    put_pair(tmp_path / "r1", 1, 0.6, size=64)
+    put(tmp_path / "r2/finetune", 0.5, features="probs", attributes=["Blond_Hair", "Male"])
+    shown = [tmp_path / f"r{i}/finetune" for i in range(3)]
+    compare.warn_of_differences(compare.read_runs(shown)[1])
+    assert capsys.readouterr().err == (
+        "warning: the runs called finetune differ in more than the seed: size of ERM\n"
+    )
+    # What an earlier version did with a flag that is gone is a difference, too
+    put(tmp_path / "r2/finetune", 0.5, features="logits")
+    compare.warn_of_differences(compare.read_runs(shown)[1])
+    assert capsys.readouterr().err.endswith("features, size of ERM\n")
+
+
+def test_a_fine_tuning_of_another_erm_training_is_said(tmp_path, capsys):
+    put_pair(tmp_path / "r0", 0, 0.4)
+    put_pair(tmp_path / "r1", 1, 0.4)
+    compare.read_runs([tmp_path / "r0", tmp_path / "r1"])
+    assert capsys.readouterr().err == ""
+    erm = {"id": "trained anew", "settings": {"seed": 0, "size": 32}}
+    put(tmp_path / "r0/erm", 0.5, result={"stage": "erm", "erm": erm}, size=32)
+    compare.read_runs([tmp_path / "r0/finetune", tmp_path / "r1"])
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/r0/finetune does not come from the network in {tmp_path}/r0/erm; "
+        "was ERM run again since?\n"
+    )
+
+
+def changes_of(criteria, groups=4):
+    """What stage 2 says of every modification that it makes with its default flags."""
+    changes = []
+
+    def add(selected_by, criterion, modification, k, split, sigma=""):
+        number = len(changes)
+        changes.append(
+            {
+                "criterion": criterion,
+                "modification": modification,
+                "sigma": sigma,
+                "k": k,
+                "split": split,
+                "selected_by": selected_by,
+                "points": {str(j): number + j / 10 for j in range(groups)},
+                "images": {str(j): -1.0 for j in range(groups)},
+            }
+        )
+
+    for split in ("train", "test"):
+        for criterion, own_sets in criteria.items():
+            for k in (1, 2, 3, 5, 10):
+                for by in ["own", *(range(groups) if own_sets else [])]:
+                    add(by, criterion, "zero", k, split)
+            for how in ("random-init", "random-noise"):
+                for sigma in (0.005, 0.01, 0.02):
+                    for k in (1, 2, 3):
+                        if split == "train" or (own_sets and how == "random-noise"):
+                            add("own", criterion, how, k, split, sigma)
+    return changes
+
+
+def test_lines_of_a_trace_are_named_as_ever():
+    """Every line that a run of an earlier version has in numbers.jsonl, and no other."""
+    result = {
+        "stage": "trace",
+        "groups": [{"group": j, "minority": j in (1, 2)} for j in range(4)],
+        "changes": changes_of({"magnitude": False, "gradient": True}),
+        "control": {},
+    }
+    lines = {}
+    for line, column, (points, _) in compare.cells_of(result):
+        lines.setdefault(line, {})[column] = points
+    records = compare.read_store(ROOT / "results/numbers.jsonl")
+    older = next(run for run in records if run["stage"] == "trace" and run["run"] == "s0")
+    assert set(lines) == {line for line in older["lines"] if not line.startswith("Control")}
+
+    def of(**wanted):
+        (number,) = (i for i, row in enumerate(result["changes"]) if wanted.items() <= row.items())
+        return dict(
+            zip(older["lines"]["Matrix: magnitude"], number + np.arange(4) / 10, strict=True)
+        )
+
+    zero = {"modification": "zero", "sigma": "", "k": 3}
+    noise = {"modification": "random-noise", "k": 2, "selected_by": "own"}
+    cases = {
+        "Table 3: magnitude zero top 10": of(
+            **{**zero, "k": 10}, criterion="magnitude", split="train"
+        ),
+        "Table 13: gradient zero top 3, test images": of(
+            **zero, criterion="gradient", split="test", selected_by="own"
+        ),
+        "Table 13: gradient random-noise top 2 sigma 0.02": of(
+            **noise, criterion="gradient", split="train", sigma=0.02
+        ),
+        "Table 14: Figure 5 (right) magnitude random-noise top 2 sigma 0.005": of(
+            **noise, criterion="magnitude", sigma=0.005
+        ),
+        "Matrix: magnitude, test images": of(**zero, criterion="magnitude", split="test"),
+        "Matrix: gradient of G2": of(**zero, criterion="gradient", split="train", selected_by=2),
+    }
+    for line, expected in cases.items():
+        assert lines[line] == expected, line
+    # A criterion that the paper does not have
+    more = changes_of({"product": True})
+    names = [line for line, _ in compare.trace_lines(more)]
+    assert "Matrix: product of G3" in names
+    assert "Not in the paper: product random-noise top 1 sigma 0.01, test images" in names
+
+
 def test_traces_are_averaged_where_they_are_alike(tmp_path):
-    groups = [{"group": 0, "minority": False}, {"group": 1, "minority": True}]
-    line = {"table": "Table 3", "line": "top 1", "split": "train", "images": [0, None]}
     null = {"group": 1, "random": "all layers", "mean": -1, "observed": -4}
-    trace = {"stage": "trace", "groups": groups, "control": {"gradient": {"tests": [null]}}}
     for run, points, unit in (("r0", -10, "channel"), ("r1", -20, "channel"), ("r2", 0, "weight")):
-        tables = [{**line, "points": [points, None]}]
-        put(tmp_path / run / "trace", result={**trace, "unit": unit, "tables": tables})
+        change = {
+            "criterion": "magnitude",
+            "modification": "zero",
+            "sigma": "",
+            "k": 1,
+            "split": "train",
+            "selected_by": "own",
+            "points": {"0": points},  # of group 1 there is no image
+            "images": {"0": 0},
+        }
+        result = {
+            "stage": "trace",
+            "groups": [{"group": 0, "minority": False}, {"group": 1, "minority": True}],
+            "control": {"gradient": {"tests": [null]}},
+            "unit": unit,
+            "changes": [change],
+        }
+        put(tmp_path / run / "trace", result=result)
     rows = table("trace", *tmp_path.iterdir())
-    assert rows[f"{DATA}, channels", "Table 3: top 1"] == ["-15.0 +- 7.1 (2)", "-"]
+    channels = f"{DATA}, channels"
+    assert rows[channels, "Table 3: magnitude zero top 1"] == ["-15.0 +- 7.1 (2)", "-"]
     row = "Control: random ones of all layers in place of gradient"
-    assert rows[f"{DATA}, channels", row] == ["-", "-1.0 +- 0.0 (2) [-1.0, -1.0]"]
+    assert rows[channels, row] == ["-", "-1.0 +- 0.0 (2) [-1.0, -1.0]"]
     row = "Control: gradient minus random ones of all layers"
-    assert rows[f"{DATA}, channels", row] == ["-", "-3.0 +- 0.0 (2) [-3.0, -3.0]"]
+    assert rows[channels, row] == ["-", "-3.0 +- 0.0 (2) [-3.0, -3.0]"]
 
 
-def test_add_replaces_and_bad_files_are_named(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """numbers.jsonl and the page of two runs, one of which was added twice, and the command."""
     monkeypatch.setattr(compare, "HERE", tmp_path)
-    store, page = tmp_path / "numbers.jsonl", tmp_path / "README.md"
-    page.write_text("<!-- numbers: wga --><!-- end -->")
+    (tmp_path / "README.md").write_text("<!-- numbers: wga --><!-- end -->")
     for worst, run in ((0.5, "r1"), (0.6, "r0"), (0.8, "r1")):
         put(tmp_path / run / "finetune", worst)
         command = f"{tmp_path / run} --add --write --figure {tmp_path}/f.svg".split()
         compare.main(compare.parse_args(command))
-    found = [(x["run"], x["reports"]["test"]["acc_worst"]) for x in compare.read_store(store)]
-    assert found == [("r0", 0.6), ("r1", 0.8)] and str(tmp_path) not in store.read_text()
-    assert "| finetune | 70.0 +- 14.1 (2) |" in page.read_text()
-    assert (tmp_path / "f.svg").stat().st_size > 5000 and "14.1" not in capsys.readouterr().out
-    bad = [("README.md", f"<!-- numbers: {rest}") for rest in ("wga -->", "no --><!-- end -->")]
-    bad.append(("numbers.jsonl line 3", f"{store.read_text()}[]"))
-    whole = (tmp_path / "r1/finetune/results.json").read_text()
-    for old, new in (("0.8", "NaN"), ("0.8", '"0.8"'), ("finetune", "cooking"), ("groups", "x")):
-        bad.append(("r1/finetune/results.json", whole.replace(old, new)))
-    for where, text in bad:
-        (tmp_path / where.split()[0]).write_text(text)
-        with pytest.raises(common.BadInput, match=where):
-            compare.main(compare.parse_args(command))
+    return command
+
+
+def test_add_replaces_and_write_makes_the_page(kept, tmp_path, capsys):
+    store = tmp_path / "numbers.jsonl"
+    records = compare.read_store(store)
+    found = [(x["run"], x["reports"]["test"]["acc_worst"]) for x in records]
+    assert found == [("r0", 0.6), ("r1", 0.8)]
+    assert str(tmp_path) not in store.read_text()
+    assert "| finetune | 70.0 +- 14.1 (2) |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "f.svg").stat().st_size > 5000
+    assert "14.1" not in capsys.readouterr().out  # a single run was shown each time
+    page = (tmp_path / "README.md").read_text()
+    compare.main(compare.parse_args(["--write"]))
+    assert (tmp_path / "README.md").read_text() == page
+
+
+@pytest.mark.parametrize(
+    "path,old,new",
+    [
+        ("README.md", "<!-- end -->", ""),
+        ("README.md", "numbers: wga", "numbers: no"),
+        ("numbers.jsonl", '{"run": "r1"', '[{"run": "r1"'),
+        ("r1/finetune/results.json", "0.8", "NaN"),
+        ("r1/finetune/results.json", "0.8", '"0.8"'),
+        ("r1/finetune/results.json", '"net"', "1"),
+        ("r1/finetune/results.json", "finetune", "cooking"),
+        ("r1/finetune/results.json", "groups", "x"),
+    ],
+)
+def test_bad_files_are_named(kept, tmp_path, path, old, new):
+    text = (tmp_path / path).read_text()
+    assert old in text
+    (tmp_path / path).write_text(text.replace(old, new))
+    with pytest.raises(common.BadInput, match=path):
+        compare.main(compare.parse_args(kept))
 
 
 def test_refusals_are_one_line(tmp_path):
     done = run_script(ROOT / "results/compare.py", "no", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stderr == "compare.py: error: no: no such folder\n"
+    assert done.returncode == 2
+    assert done.stderr == "compare.py: error: no: no such folder\n"
     with pytest.raises(common.BadInput, match="no finished run there"):
         compare.main(compare.parse_args([str(tmp_path)]))
 
 
 def test_page_and_numbers_agree():
     """What --write would write stands there already; 47.83 and 69.64 % are whole images."""
-    path = ROOT / "results" / "README.md"
-    records, text = compare.read_store(path.with_name("numbers.jsonl")), path.read_text()
-    assert records and compare.with_tables(path, records) == text and "/tmp/" not in text
-    _, water, land, _ = common.OFFICIAL_COUNTS["waterbirds"][0]  # accuracies of section 2.1
-    assert round(100 * 88 / water, 2) == 47.83 and round(100 * 39 / land, 2) == 69.64
+    path = ROOT / "results/README.md"
+    records = compare.independent(compare.read_store(path.with_name("numbers.jsonl")))
+    text = path.read_text()
+    assert records
+    assert compare.with_tables(path, records) == text
+    assert "/tmp/" not in text
+    _, water, land, _ = common.WATERBIRDS[0]  # accuracies of section 2.1
+    assert round(100 * 88 / water, 2) == 47.83
+    assert round(100 * 39 / land, 2) == 69.64

@@ -1,11 +1,13 @@
 """trace_neurons.py and structured_trace.py: a planted filter, slow second ways, the control."""
 
+import copy
 import csv
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import TensorDataset
 
@@ -15,30 +17,40 @@ import trace_neurons
 from trace_neurons import pick
 
 COUNTS = (24, 9, 8, 24)
-GROUPS = common.describe_groups(*common.NAMES["waterbirds"], COUNTS)  # G1 and G2 are minorities
-SHARED = "--max-per-group 0,--batch-size 0,--device nonsense,--seed -1"
-OWN = "--repeats 0,--sigma inf,--sigma nan 0.01,--sigma 0.01 0,--top-k 0 3,--top-k 3 214"
-OWN += ",--controls 38,--controls -1"
-REFUSED = [(trace_neurons, more) for more in f"{SHARED},{OWN}".split(",")]
-REFUSED += [(structured_trace, more) for more in f"{SHARED},--k 0".split(",")]
+CLASSES = ("landbird", "waterbird")
+PLACES = ("on land", "on water")
+GROUPS = common.describe_groups(CLASSES, PLACES, COUNTS)  # G1 and G2 are minorities
 
 
 @pytest.fixture
 def on_planted(monkeypatch):
     """Images that name their group, and a network of 213 filters: number 12 alone carries the
-    answer for group 2, six that for group 3, of which half may go; the others see nothing."""
+    answer for group 2, six that for group 3, of which half may go; the others see nothing. Figures
+    are made but not drawn."""
     g = torch.repeat_interleave(torch.arange(4), torch.tensor(COUNTS))
-    split = TensorDataset(torch.eye(4)[g, 1:, None, None], g // 2, g, torch.arange(len(g)))
-    split.y, split.g = g // 2, g
-    filters, head = torch.zeros(213, 3, 1, 1), torch.zeros(2, 213)
-    filters[:6, 2], filters[12, 1], head[1, :6], head[1, 12] = 1, 2, 1, 1
-    conv, linear = torch.nn.Conv2d(3, 213, 1, bias=False), torch.nn.Linear(213, 2)
-    conv.weight.data, linear.weight.data, linear.bias.data = filters, head, torch.tensor([0.0, -1])
+    x = (255 * torch.eye(4)[g, 1:, None, None]).to(torch.uint8)
+    split = TensorDataset(x, g // 2, g, torch.arange(len(g)))
+    split.y = g // 2
+    split.g = g
+    split.mean = [0.0, 0.0, 0.0]
+    split.std = [1.0, 1.0, 1.0]
+    filters = torch.zeros(213, 3, 1, 1)
+    filters[:6, 2] = 1
+    filters[12, 1] = 2
+    head = torch.zeros(2, 213)
+    head[1, :6] = 1
+    head[1, 12] = 1
+    conv = torch.nn.Conv2d(3, 213, 1, bias=False)
+    conv.weight.data = filters
+    linear = torch.nn.Linear(213, 2)
+    linear.weight.data = head
+    linear.bias.data = torch.tensor([0.0, -1])
     model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear)
-    table, about = SimpleNamespace(source="planted", groups=GROUPS), {"arch": "planted", "epoch": 1}
+    table = SimpleNamespace(source="planted", groups=GROUPS)
+    about = {"arch": "planted", "epoch": 1}
     monkeypatch.setattr(common, "reopen", lambda *_: (model, about, table))
     monkeypatch.setattr(common, "open_split", lambda *_: split)
-    monkeypatch.setattr(common, "save_figure", lambda fig, path, dpi=0: path.touch())
+    monkeypatch.setattr(Figure, "savefig", lambda _, buffer, **__: buffer.write(b"a figure"))
 
 
 def trace(script, run, more=""):
@@ -51,172 +63,353 @@ def read(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_the_planted_filter_is_found(on_planted, tmp_path):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("by", ["magnitude", "gradient"])
+def test_the_planted_filter_is_found(on_planted, tmp_path, by):
     trace(trace_neurons, tmp_path, "--top-k 1 3 --repeats 2")
-    neurons, rows = (read(tmp_path / f"trace/{name}.csv") for name in ("neurons", "accuracy"))
-    for wanted in ({"criterion": "magnitude"}, {"criterion": "gradient", "selected_by": "2"}):
-        first = {"layer": "0", "index": "12", "magnitude_percentile": "100.0"}
-        assert pick(neurons, **wanted, rank="1")[0].items() >= first.items()
-        zeroed = pick(rows, **wanted, modification="zero", k="1")
-        assert [int(row["correct_after"]) for row in zeroed] == 2 * [24, 9, 0, 24]  # train, test
-    for control in common.read_json(tmp_path / "trace/results.json")["control"].values():
-        assert control["beats"] == {"1": False, "2": True}
-        assert "random ones? only for G2*" in control["sentence"]
-        for test in pick(control["tests"], group=2):
-            assert test["observed"] == -100 and test["p"] <= 2 / 41 and test["sets"] == 40
+    wanted = {"criterion": by, "selected_by": "all" if by == "magnitude" else "2"}
+    (first,) = pick(read(tmp_path / "trace/neurons.csv"), **wanted, rank="1")
+    assert (first["parameter"], first["index"]) == ("0.weight", "12")
+    assert first["magnitude_percentile"] == "100.0"
+    zeroed = pick(read(tmp_path / "trace/accuracy.csv"), **wanted, modification="zero", k="1")
+    for split in ("train", "test"):
+        found = [(row["group"], row["correct_after"]) for row in pick(zeroed, split=split)]
+        assert found == [("0", "24"), ("1", "9"), ("2", "0"), ("3", "24")]
+    control = common.read_json(tmp_path / "trace/results.json")["control"][by]
+    assert control["beats"] == {"1": False, "2": True}
+    assert "random ones? only for G2*" in control["sentence"]
+    for test in pick(control["tests"], group=2):
+        assert test["observed"] == -100
+        assert test["p"] <= 2 / 41
+        assert test["sets"] == 40
+
+
+def test_the_planted_filter_is_found_in_its_layer(on_planted, tmp_path):
     trace(structured_trace, tmp_path)
-    found = read(tmp_path / "structured/layers.csv")
-    assert [float(row["change_percent"]) for row in found[:8]] == 2 * [0, 0, -100, 0]
-    assert len(found) == 28 and {row["criterion"] for row in found[8:]} == {"random"}
+    rows = read(tmp_path / "structured/layers.csv")
+    for criterion in ("magnitude", "gradient"):
+        found = [float(row["change_percent"]) for row in pick(rows, criterion=criterion)]
+        assert found == [0, 0, -100, 0]
+    assert len(pick(rows, criterion="random")) == 5 * 4
     summary = common.read_json(tmp_path / "structured/results.json")["summary"]["gradient"]
-    assert summary["groups"][2] == {"group": 2, "mean": -100, "largest": -100, "layer": "0"}
+    assert summary["groups"][2] == {
+        "group": 2,
+        "mean": -100,
+        "largest": -100,
+        "layer": "0.weight",
+    }
+
+
+def test_a_further_criterion_is_one_line(on_planted, tmp_path, monkeypatch):
+    """Weight times gradient: of group 3 the six filters that see it, and the first of them first,
+    though number 12 has the largest weight."""
+    monkeypatch.setitem(common.CRITERIA, "product", lambda z, v: z * v)
+    trace(trace_neurons, tmp_path, "--top-k 3 --repeats 1 --sigma 0.01")
+    neurons = read(tmp_path / "trace/neurons.csv")
+    found = pick(neurons, criterion="product", selected_by="3")
+    assert [row["index"] for row in found] == ["0", "1", "2"]
+    assert {row["product_percentile"] for row in found} == {"98.8208"}  # places 207 to 212 of 212
+    results = common.read_json(tmp_path / "trace/results.json")
+    assert len(results["ranks"]) == 6
+    assert results["control"]["product"]["beats"] == {"1": False, "2": True}
+    trace(structured_trace, tmp_path)
+    summary = common.read_json(tmp_path / "structured/results.json")["summary"]
+    assert summary["product"]["groups"][2]["mean"] == -100
 
 
 @pytest.mark.parametrize("samples,seen", [("group", [4, 9, 8, 4]), ("worst", [24, 9, 8, 24])])
 def test_images_of_the_gradient(on_planted, tmp_path, monkeypatch, samples, seen):
     """'worst' draws from all images of a group, whatever is traced; minorities are traced whole."""
     counts = []
+    mean_gradient = common.mean_gradient
 
-    def spy(model, batches, unit):
-        counts.append(torch.cat([g for _, _, g, _ in batches]).bincount().tolist())
-        return common.magnitude_scores(model, unit)
+    def spy(*args):
+        *others, batches = args
+        batches = list(batches)
+        groups = torch.cat([g for _, _, g, _ in batches])
+        counts.append(groups.bincount(minlength=4).tolist())
+        return mean_gradient(*others, batches)
 
-    monkeypatch.setattr(common, "gradient_scores", spy)
-    trace(trace_neurons, tmp_path, f"--gradient-samples {samples} --max-per-group 4 --top-k 5")
-    assert counts == [*(j * [0] + [n] for j, n in enumerate(seen)), [4, 9, 8, 4]]
+    monkeypatch.setattr(common, "mean_gradient", spy)
+    trace(trace_neurons, tmp_path, f"--gradient-samples {samples} --max-per-group 4 --controls 0")
+    expected = []
+    for j, n in enumerate(seen):
+        expected.append([n if group == j else 0 for group in range(4)])
+    assert counts == [*expected, [4, 9, 8, 4]]
 
 
-def test_an_old_folder_stands(on_planted, tmp_path, monkeypatch):
-    """After a crash in the middle, and where somebody else's file lies in it."""
-    few, notes = "--controls 0 --top-k 5", tmp_path / "trace/notes.txt"  # no k that a figure shows
-    trace(trace_neurons, tmp_path, few)
-    before = {p: p.read_bytes() for p in tmp_path.glob("trace/*")}
-    monkeypatch.setattr(trace_neurons, "plot_layers", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        trace(trace_neurons, tmp_path, few)
-    notes.write_text("mine")
-    with pytest.raises(common.BadInput, match="trace/notes.txt is not of this stage"):
-        trace(trace_neurons, tmp_path, few)
-    assert {p: p.read_bytes() for p in tmp_path.glob("trace/*")} == {**before, notes: b"mine"}
+@pytest.mark.parametrize(
+    "script,plot", [(trace_neurons, "plot_layers"), (structured_trace, "plot_heat")]
+)
+def test_numbers_do_not_wait_for_figures(on_planted, tmp_path, monkeypatch, script, plot):
+    trace(script, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    figures = {name for name in before if name.endswith(".png")}
+    assert set(script.FILES) == set(before) - {".lock", "notes.txt"}
+
+    # A crash while it computes: the old trace stands
+    with monkeypatch.context() as crash:
+        crash.setattr(common, "count_right", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trace(script, tmp_path, "--controls 50")
+    assert contents(folder) == before
+
+    # A figure that fails: its numbers stand, and no figure of the old ones beside them
+    with monkeypatch.context() as crash:
+        crash.setattr(script, plot, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trace(script, tmp_path, "--controls 50")
+    numbers = contents(folder)
+    assert set(numbers) == set(before) - figures
+    for name in set(script.FILES) - figures:
+        assert numbers[name] != before[name] or name == "neurons.csv", name
+
+    # The same command again
+    trace(script, tmp_path, "--controls 50")
+    after = contents(folder)
+    assert set(after) == set(before)
+    assert after["notes.txt"] == b"mine"
+    assert after["results.json"] == numbers["results.json"]
 
 
 @pytest.fixture(scope="module", params=["test_resnet", "test_vit"])
 def traced(erm_run, tmp_path_factory, request):
     """Model, batch of each split and folder of both traces: that of erm_run, and a transformer."""
-    folder, checkpoint = tmp_path_factory.mktemp(request.param), erm_run / "run/erm/best.pt"
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = erm_run / "run/erm/best.pt"
     if request.param == "test_vit":
         torch.manual_seed(0)
-        other = {"arch": "test_vit", "model": common.build_model("test_vit", 2, 32).state_dict()}
-        torch.save({**common.load_checkpoint(checkpoint), **other}, folder / "vit.pt")
+        other = {
+            **common.load_checkpoint(checkpoint),
+            "arch": "test_vit",
+            "model": common.build_model("test_vit", 2, 32).state_dict(),
+        }
         checkpoint = folder / "vit.pt"
+        torch.save(other, checkpoint)
     flags = f"--checkpoint {checkpoint} --seed 5"
     more = "--repeats 2 --controls 39 --sigma 0.3 0.1 --top-k 1 3 5"
     trace(trace_neurons, folder, f"{flags} {more}")
     trace(structured_trace, folder, flags)
-    (model, saved, table), splits = common.reopen(checkpoint), {}
+    model, saved, table = common.reopen(checkpoint)
+    splits = {}
     for name in ("train", "test"):
-        batch = next(iter(common.make_loader(common.open_split(saved, table, name))))
-        splits[name] = common.on_device(model, *batch[:3])
+        (batch,) = common.Batches(common.open_split(saved, table, name))
+        splits[name] = batch[:3]
     return model, splits, folder
 
 
-def neurons_of(layers, k, unit):
-    """The k largest norms over all layers, by a plain sort; {layer: weight or its gradient}."""
+def largest(values, k, unit):
+    """The k largest norms over all parameters {name: weight or its gradient}, by a plain sort."""
     norms = []
-    for layer, value in layers.items():
-        parts = value.detach().reshape(len(value) if unit == "channel" else value.numel(), -1)
-        norms += [(-norm, layer, i) for i, norm in enumerate(parts.norm(dim=1).tolist())]
-    return [(layer, i) for _, layer, i in sorted(norms)[:k]]
+    for name, value in values.items():
+        neurons = value.detach() if unit == "channel" else value.detach().flatten()
+        for i in range(len(neurons)):
+            norms.append((-neurons[i].norm().item(), list(values).index(name), i, name))
+    return [(name, i) for *_, i, name in sorted(norms)[:k]]
 
 
-def test_neurons_and_counts(traced):
+def changed(model, neurons, how, sigma, seed, unit):
+    """A copy of the model with changed neurons."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for name, index in neurons:
+        weight = model.get_parameter(name).data
+        if unit == "weight":
+            weight = weight.view(-1)
+        noise = sigma * torch.randn(weight[index].shape, generator=generator)
+        if how == "zero":
+            weight[index] = 0
+        elif how == "random-init":
+            weight[index] = noise
+        else:
+            weight[index] += noise
+    return model
+
+
+@pytest.fixture(scope="module")
+def critical(traced):
+    """The sets of neurons by the slow way, {(criterion, by): neurons}, and the unit."""
     model, splits, folder = traced
-    right = {name: model(x).argmax(1) == y for name, (x, y, _) in splits.items()}
     results = common.read_json(folder / "trace/results.json")
-    unit, layers = results["unit"], common.prunable_layers(model)
+    weights = common.prunable_weights(model)
+    x, y, g = splits["train"]
+    values = {("magnitude", "all"): weights}
+    for j in range(4):
+        log_p = model(x[g == j]).log_softmax(1)
+        loss = -log_p[range(len(log_p)), y[g == j]].mean()
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        values["gradient", str(j)] = dict(zip(weights, gradients, strict=True))
+    sets = {}
+    for key, of_set in values.items():
+        sets[key] = largest(of_set, results["listed"], results["unit"])
+    return sets, results["unit"]
+
+
+def test_neurons(traced, critical):
+    _, _, folder = traced
+    sets, unit = critical
+    results = common.read_json(folder / "trace/results.json")
     assert unit == ("weight" if results["arch"] == "test_vit" else "channel")
     assert results["listed"] == max(5, np.ceil(1e-4 * results["neurons"]))
-    x, y, g = splits["train"]
-    expected, ranked = {("magnitude", "all"): layers}, {}
-    for j in range(4):
-        loss = -model(x[g == j]).log_softmax(1)[range(sum(g == j)), y[g == j]].mean()
-        gradients = torch.autograd.grad(loss, list(layers.values()))
-        expected["gradient", str(j)] = dict(zip(layers, gradients))
-    for (criterion, by), values in expected.items():
-        found = pick(read(folder / "trace/neurons.csv"), criterion=criterion, selected_by=by)
-        ranked[criterion, by] = neurons_of(values, results["listed"], unit)
-        assert ranked[criterion, by] == [(row["layer"], int(row["index"])) for row in found]
-    rows = [row for row in read(folder / "trace/accuracy.csv") if row["criterion"] != "random"]
-    zeroed, draws = 2 * 3 * 5 * 4, 2 * 2 * 2  # splits, k, sets, groups; repeats, sigmas, k up to 3
+    rows = read(folder / "trace/neurons.csv")
+    for (criterion, by), expected in sets.items():
+        found = pick(rows, criterion=criterion, selected_by=by)
+        assert [(row["parameter"], int(row["index"])) for row in found] == expected
+    assert len(rows) == 5 * results["listed"]
+
+
+def assert_counts(row, model, other, split):
+    """The counts of a row, by a pass of the model as it is and of the changed one."""
+    x, y, g = split
+    member = g == int(row["group"])
+    with torch.no_grad():
+        before = (model(x).argmax(1) == y)[member]
+        after = (other(x).argmax(1) == y)[member]
+    expected = {
+        "n": len(before),
+        "correct_before": before.sum().item(),
+        "correct_after": after.sum().item(),
+        "to_wrong": (before & ~after).sum().item(),
+        "to_right": (~before & after).sum().item(),
+    }
+    assert {key: int(row[key]) for key in expected} == expected
+
+
+def test_counts_of_the_trace(traced, critical):
+    model, splits, folder = traced
+    sets, unit = critical
+    rows = read(folder / "trace/accuracy.csv")
+    rows = [row for row in rows if row["criterion"] != "random"]
+    zeroed = 2 * 3 * 5 * 4  # splits, k, sets, groups
+    draws = 2 * 2 * 2  # repeats, sigmas, k up to 3
     assert len(rows) == zeroed + draws * (2 * (4 + 4) + 4)  # both kinds in train, one in test
     noise = {(row["criterion"], row["modification"]) for row in pick(rows, split="test", k="1")}
     assert noise == {("magnitude", "zero"), ("gradient", "zero"), ("gradient", "random-noise")}
-    layered = pick(read(folder / "structured/layers.csv"), criterion="magnitude")
-    assert len(layered) == 4 * len(layers)
-    for row in rows[::3] + layered:  # at least one of the four groups of each zeroed set
-        k, seed = int(row["k"]), common.seed_of(5, int(row.get("repeat") or 0))
-        chosen = ranked[row["criterion"], row["selected_by"]][:k]
-        if "layer" in row:
-            chosen = neurons_of({row["layer"]: layers[row["layer"]]}, k, unit)
-            points = 100 * (int(row["correct_after"]) - int(row["correct_before"])) / int(row["n"])
-            assert float(row["change_percent"]) == pytest.approx(points, abs=1e-4)
-        how = (row.get("modification", "zero"), float(row.get("sigma") or 0), seed)
-        x, y, g = splits[row.get("split", "train")]
-        counts = [torch.ones(len(y)), right[row.get("split", "train")]]
-        with torch.no_grad(), common.modified(model, chosen, *how, unit=unit):
-            counts.append(model(x).argmax(1) == y)
-        n, before, after = (int(count[g == int(row["group"])].sum()) for count in counts)
-        assert [int(row[key]) for key in common.COUNTS[:3]] == [n, before, after]
-        assert int(row["to_right"]) - int(row["to_wrong"]) == after - before
+    for row in rows[::3]:
+        chosen = sets[row["criterion"], row["selected_by"]][: int(row["k"])]
+        sigma = float(row["sigma"] or 0)
+        seed = common.seed_of(5, int(row["repeat"] or 0))
+        other = changed(model, chosen, row["modification"], sigma, seed, unit)
+        assert_counts(row, model, other, splits[row["split"]])
 
 
-def test_tables_and_figures(traced):
-    """Each group under its own neurons; the matrix has all of them."""
-    gained, folder, groups = {}, traced[2], "0123"
-    wanted = {"criterion": "gradient", "modification": "zero", "k": "3", "split": "train"}
-    for row in pick(read(folder / "trace/accuracy.csv"), **wanted):
-        gained[row["selected_by"], row["group"]] = int(row["to_right"]) - int(row["to_wrong"])
-    tables = pick(common.read_json(folder / "trace/results.json")["tables"], split="train")
-    lines = {(t["table"], t["line"]): t["images"] for t in tables}
-    assert lines["Table 11", "gradient zero top 3"] == [gained[j, j] for j in groups]
-    for j in groups:
-        assert lines["Matrix", f"gradient of G{j}"] == [gained[j, i] for i in groups]
+def test_counts_of_the_layers(traced, critical):
+    model, splits, folder = traced
+    _, unit = critical
+    weights = common.prunable_weights(model)
+    rows = pick(read(folder / "structured/layers.csv"), criterion="magnitude")
+    assert len(rows) == 4 * len(weights)
+    for row in rows:
+        name = row["parameter"]
+        assert row["k"] == "3"
+        chosen = largest({name: weights[name]}, 3, unit)
+        assert_counts(row, model, changed(model, chosen, "zero", 0, 0, unit), splits["train"])
+        points = 100 * (int(row["correct_after"]) - int(row["correct_before"])) / int(row["n"])
+        assert float(row["change_percent"]) == pytest.approx(points, abs=1e-4)
+
+
+def test_changes(traced):
+    """Each group under its own neurons; where they are zeroed, under those of the others, too."""
+    _, _, folder = traced
+    rows = read(folder / "trace/accuracy.csv")
+    changes = common.read_json(folder / "trace/results.json")["changes"]
+    gained = {}
+    wanted = {"criterion": "gradient", "modification": "zero", "split": "train"}
+    for row in pick(rows, **wanted, k="3"):
+        images = int(row["to_right"]) - int(row["to_wrong"])
+        gained[row["selected_by"], row["group"]] = images
+    (own,) = pick(changes, **wanted, k=3, selected_by="own")
+    assert own["images"] == {j: gained[j, j] for j in "0123"}
+    for j in range(4):
+        (line,) = pick(changes, **wanted, k=3, selected_by=j)
+        assert line["images"] == {i: gained[str(j), i] for i in "0123"}
+
+    # The mean over two draws of noise
+    wanted = {"criterion": "magnitude", "modification": "random-init", "split": "train"}
+    draws = pick(rows, **wanted, k="1", sigma="0.1", group="2")
+    assert len(draws) == 2
+    points = [100 * (int(row["to_right"]) - int(row["to_wrong"])) / int(row["n"]) for row in draws]
+    (line,) = pick(changes, **wanted, k=1, sigma=0.1)
+    assert line["points"]["2"] == pytest.approx(sum(points) / 2)
+
+
+def test_figures(traced):
+    _, _, folder = traced
     figures = [*folder.glob("*/*.png")]
     assert len(figures) == 8  # 2 to 5, 7, 8, 11, 12
     for path in figures:
         with Image.open(path) as image:
-            assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5, path
+            assert min(image.size) > 200, path
+            assert np.asarray(image.convert("L")).std() > 5, path
 
 
 def compared(observed, null, same_layers, controls=40):
     """What control_test says of magnitude's set and the two kinds of random ones, by images."""
-    key = {"modification": "zero", "k": 3, "split": "train", "group": 1, "n": 100}
-    key |= {"correct_before": 80, "criterion": "magnitude", "selected_by": "all"}
-    rows = [{**key, "correct_after": 80 + observed}]
-    for kind, gained in (("all layers", null), ("layers of magnitude all", same_layers)):
-        key |= {"criterion": "random", "selected_by": kind}
-        rows += [{**key, "correct_after": 80 + images} for images in gained]
-    return trace_neurons.control_test(rows, "magnitude", GROUPS, SimpleNamespace(controls=controls))
+    rows = []
+
+    def add(criterion, selected_by, gained):
+        rows.append(
+            {
+                "criterion": criterion,
+                "modification": "zero",
+                "k": 3,
+                "selected_by": selected_by,
+                "split": "train",
+                "group": 1,
+                "n": 100,
+                "correct_before": 80,
+                "correct_after": 80 + gained,
+            }
+        )
+
+    add("magnitude", "all", observed)
+    for images in null:
+        add("random", "all layers", images)
+    for images in same_layers:
+        add("random", "layers of magnitude all", images)
+    return trace_neurons.control_test(rows, "magnitude", GROUPS, controls)
 
 
-NULL, GAIN, LOSE = [*range(-10, 10), *[0] * 19], [0, 1] * 20, [-20] * 40
+NULL = [*range(-10, 10), *[0] * 19]
 OFTEN = [-31] * 3 + [0] * 37  # p = 4 / 41 for -30
-YES, NO, RARE = "ones? yes", "ones? no", "? no; G1*: rare, but within 2 images of what random ones"
-CASES = [(-30, NULL, NULL, YES), (-30, NULL, OFTEN, NO), (-30, OFTEN, NULL, NO)]
-CASES += [(-5, NULL, NULL, NO), (30, NULL, NULL, NO)]
-CASES += [(-2, GAIN, GAIN, RARE), (-3, GAIN, GAIN, YES)]  # where a loss of one image is rare
-CASES += [(-22, LOSE, LOSE, RARE), (-23, LOSE, LOSE, YES)]  # the rest counts
+GAIN = [0, 1] * 20
+LOSE = [-20] * 40
+YES = "ones? yes"
+NO = "ones? no"
+RARE = "ones? no; G1*: rare, but within 2 images of what random ones lose"
 
 
-@pytest.mark.parametrize("observed,null,same_layers,words", CASES)
+@pytest.mark.parametrize(
+    "observed,null,same_layers,words",
+    [
+        (-30, NULL, NULL, YES),
+        (-30, NULL, OFTEN, NO),
+        (-30, OFTEN, NULL, NO),
+        (-5, NULL, NULL, NO),
+        (30, NULL, NULL, NO),
+        (-2, GAIN, GAIN, RARE),  # where a loss of one image is rare
+        (-3, GAIN, GAIN, YES),
+        (-22, LOSE, LOSE, RARE),
+        (-23, LOSE, LOSE, YES),
+        (-22, NULL, LOSE, RARE),  # the kind that loses more counts
+    ],
+)
 def test_verdict(observed, null, same_layers, words):
     found = compared(observed, null, same_layers)
-    assert found["beats"] == {1: words == YES} and words in found["sentence"]
+    assert found["beats"] == {1: words == YES}
+    assert found["sentence"].endswith(words)
 
 
 def test_p_values_and_printed_ranges_under_the_null():
     """1,000 traces in which the observed set is just one more random one."""
-    rng, p, inside = np.random.default_rng(0), [], []
+    rng = np.random.default_rng(0)
+    p = []
+    inside = []
     for observed, *null in rng.normal(-2e4, 5e3, (1000, 41)).astype(int).tolist():
         test = compared(observed, null, null)["tests"][0]
         p.append(test["p"])
@@ -226,26 +419,93 @@ def test_p_values_and_printed_ranges_under_the_null():
         assert np.mean(np.array(p) <= level) == pytest.approx(int(41 * level) / 41, abs=0.04)
 
 
-def test_numbers_by_hand():
+def test_the_control_by_hand():
     assert trace_neurons.p_value(-5, [-6, -5, -4, 7]) == 3 / 5  # as low or lower, itself counted in
-    (test, _) = compared(0, range(39), range(39))["tests"]  # a 40th is outside once in 20 times
+    test, _ = compared(0, range(39), range(39))["tests"]
+    # A 40th set would lie outside once in 20 times
     assert [test[key] for key in ("low", "mean", "high")] == pytest.approx([0, 19, 38])
     assert "not compared with random" in compared(-30, NULL, NULL, controls=0)["sentence"]
-    row = {"correct_before": 88, "correct_after": 66, "n": 184}
+
+
+def test_changes_by_hand():
+    row = {
+        "criterion": "gradient",
+        "modification": "random-init",
+        "sigma": 0.01,
+        "k": 1,
+        "selected_by": 1,
+        "split": "train",
+        "group": 1,
+        "n": 184,
+        "correct_before": 88,
+        "correct_after": 66,
+    }
     assert trace_neurons.change(row) == pytest.approx(-11.9565, abs=1e-4)  # the paper's 11.96
-    found = trace_neurons.averages([[row, {**row, "correct_after": 90}], []])
-    assert found == {"points": [pytest.approx(100 * -10 / 184), None], "images": [-10, None]}
+    rows = [
+        row,
+        {**row, "correct_after": 90},
+        {**row, "criterion": "random", "correct_after": 0},
+        {**row, "selected_by": 2, "correct_after": 0},  # not its own, and not zeroed
+    ]
+    (line,) = trace_neurons.mean_changes(rows, GROUPS)
+    assert line["selected_by"] == "own"
+    assert line["images"] == {1: -10}
+    assert line["points"] == {1: pytest.approx(100 * -10 / 184)}
+
+
+def test_percentiles_by_hand():
     scores = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0, 2.0, 3.0])}
-    found = trace_neurons.percentile([("a", 0), ("b", 0), ("b", 2), ("a", 1), ("b", 1)], scores)
+    neurons = [("a", 0), ("b", 0), ("b", 2), ("a", 1), ("b", 1)]
+    found = trace_neurons.percentile(neurons, scores)
     assert found.tolist() == [0, 100, 75, 37.5, 37.5]  # of places 0 to 4
+    rows = []
+    for place in (10, 95, 99.5):
+        rows.append({"criterion": "magnitude", "gradient_percentile": place})
+        rows.append({"criterion": "gradient", "magnitude_percentile": 94.9})
+    shares = trace_neurons.rank_shares(rows)
+    (share,) = pick(shares, criterion="magnitude")
+    assert share == {"criterion": "magnitude", "by": "gradient", "n": 3, "upper": 2, "median": 95}
+    (share,) = pick(shares, criterion="gradient")
+    assert share["upper"] == 0
+
+
+def test_the_summary_of_layers_by_hand():
     heat = np.array([[0.0, 0, 0], [-10, 0, 5], [0, 0, 0], [0, -5, 0]])
     summary = structured_trace.summarize_layers(heat, ["a", "b", "c"], GROUPS)
     assert summary["groups"][1] == {"group": 1, "mean": -5 / 3, "largest": -10, "layer": "a"}
     assert summary["thirds"] == {"first": 10 / 15, "middle": 0, "last": 5 / 15}  # G3 is no minority
+    nothing = structured_trace.summarize_layers(0 * heat, ["a", "b", "c"], GROUPS)
+    assert nothing["thirds"] is None
+
+
+SHARED = ("--max-per-group 0", "--batch-size 0", "--device nonsense", "--seed -1")
+OWN = (
+    "--repeats 0",
+    "--sigma inf",
+    "--sigma 0.01 nan",
+    "--sigma 0.01 0",
+    "--top-k 3 0",
+    "--top-k 3 214",
+    "--controls 38",
+    "--controls -1",
+)
+REFUSED = [
+    *((trace_neurons, more) for more in (*SHARED, *OWN)),
+    *((structured_trace, more) for more in (*SHARED, "--k 0", "--controls 0")),
+]
 
 
 @pytest.mark.parametrize("script,more", REFUSED)
-def test_refused_settings(on_planted, tmp_path, script, more):
-    with pytest.raises(common.BadInput, match=f"^{more.split()[0]}"):
-        trace(script, tmp_path, more)
+def test_refused_settings(on_planted, tmp_path, capsys, script, more):
+    with pytest.raises((SystemExit, common.BadInput)) as refusal:
+        trace(script, tmp_path, f"{more} ")
+    if refusal.type is SystemExit:
+        assert refusal.value.code == 2
+        message = capsys.readouterr().err
+    else:
+        message = str(refusal.value)
+    assert len(message.splitlines()) == 1
+    flag, *_, value = more.split()
+    assert flag in message
+    assert value in message
     assert not [*tmp_path.iterdir()]

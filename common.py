@@ -152,17 +152,9 @@ def read_table(data, attributes=None):
         raise BadInput(f"{path} holds {len(tables)} metadata*.csv; name one")
     if not tables:
         return read_celeba(path, attributes or CELEBA)
-    columns = read_columns(tables[0])
-    labels = attributes or ("y", "place" if "place" in columns else "a")
-    return make_table(
-        tables[0],
-        tables[0].parent,
-        column(tables[0], columns, "img_filename", "filename"),
-        column(tables[0], columns, labels[0]),
-        column(tables[0], columns, labels[1]),
-        column(tables[0], columns, "split"),
-        labels,
-    )
+    y, place = attributes or ("y", "place|a")
+    titles, columns = read_columns(tables[0], "img_filename|filename", y, place, "split")
+    return make_table(tables[0], tables[0].parent, *columns, titles[1:3])
 
 
 def read_celeba(folder, attributes=CELEBA):
@@ -170,26 +162,16 @@ def read_celeba(folder, attributes=CELEBA):
     order of rows. Raises BadInput."""
     labels = find_list(folder, "list_attr_celeba")
     partition = find_list(folder, "list_eval_partition")
-    columns = read_columns(labels)
-    files = column(labels, columns, "image_id")
-    parts = read_columns(partition)
-    ids = column(partition, parts, "image_id")
-    split_of = dict(zip(ids, column(partition, parts, "partition"), strict=True))
+    _, (files, y, a) = read_columns(labels, "image_id", *attributes)
+    _, (ids, parts) = read_columns(partition, "image_id", "partition")
+    split_of = dict(zip(ids, parts, strict=True))
     alone = sorted(split_of.keys() ^ set(files))
     if alone:
         raise BadInput(
             f"{labels} and {partition.name} do not join: {len(alone)} images are in one of them "
             f"only ({', '.join(alone[:3])}); take both from one source"
         )
-    return make_table(
-        labels,
-        folder,
-        files,
-        column(labels, columns, attributes[0]),
-        column(labels, columns, attributes[1]),
-        [split_of[file] for file in files],
-        attributes,
-    )
+    return make_table(labels, folder, files, y, a, [split_of[file] for file in files], attributes)
 
 
 def find_list(folder, stem):
@@ -203,46 +185,54 @@ def find_list(folder, stem):
     )
 
 
-def read_columns(path):
-    """The columns of a csv, or of one of CelebA's txt lists: {name in the header, in lower case:
-    list of str}. Raises BadInput."""
+def read_columns(path, *wanted):
+    """Columns of a csv, or of one of CelebA's txt lists: their titles in the header, and for each
+    its cells, a list of str. wanted: their names in upper or lower case, or 'name|other' where it
+    may be either. Raises BadInput."""
     advice = "expected UTF-8 text, a header and rows; is it cut off, or a quote left open?"
     with reading(path, advice), open(path, encoding="utf-8-sig") as file:
         lines = file.readlines()
         if path.name.startswith("list_eval") and path.suffix == ".txt":  # has no header
-            rows = [["image_id", "partition"], *(line.split() for line in lines)]
-        elif path.name.startswith("list_attr") and path.suffix == ".txt":
-            rows = [line.split() for line in lines[1:]]  # behind the number of rows
-            rows[0].insert(0, "image_id")
+            rows = (line.split() for line in ["image_id partition", *lines])
+        elif path.name.startswith("list_attr") and path.suffix == ".txt":  # first: number of rows
+            rows = (line.split() for line in [f"image_id {lines[1]}", *lines[2:]])
         else:
             separator = max(",;\t", key=lines[0].count)
-            reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-            rows = [[cell.strip() for cell in row] for row in reader]
-    header, *rows = [row for row in rows if any(row)] or [[]]
-    for row in rows:
-        if len(row) != len(header):
-            raise BadInput(
-                f"{path}: every row needs {len(header)} cells, as the header has; the first that "
-                f"has not is '{','.join(row)[:80]}'"
-            )
-    if not rows:
-        raise BadInput(f"{path}: it holds no rows")
-    return {name.lower(): cells for name, *cells in zip(header, *rows, strict=True)}
+            rows = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+        header = [title.strip() for title in next(rows)]
+        places = [find_column(path, header, name) for name in wanted]
+        columns = [[] for _ in wanted]
+        for row in rows:
+            if not "".join(row).strip():
+                continue
+            if len(row) != len(header):
+                raise BadInput(
+                    f"{path}: every row needs {len(header)} cells, as the header has; the first "
+                    f"that has not is '{','.join(row)[:80]}'"
+                )
+            for cells, place in zip(columns, places, strict=True):
+                cells.append(row[place].strip())
+    titles = [header[place] for place in places]
+    for title, cells in zip(titles, columns, strict=True):
+        if not cells:
+            raise BadInput(f"{path}: it holds no rows")
+        if "" in cells:
+            row = cells.index("") + 1
+            raise BadInput(f"{path}: {title} is empty in row {row}; fill it or take the row out")
+    return titles, columns
 
 
-def column(path, columns, *names):
-    """The values of the first of these names that is a column's, in upper or lower case. Raises
-    BadInput if none is, or if a cell is empty."""
-    for name in names:
-        values = columns.get(name.lower())
-        if values and "" in values:
-            row = values.index("") + 1
-            raise BadInput(f"{path}: {name} is empty in row {row}; fill it or take the row out")
-        if values:
-            return values
-    raise BadInput(
-        f"{path}: no column {' or '.join(names)} in the header {', '.join(columns)[:200]}"
-    )
+def find_column(path, header, name):
+    """Place of a column in the header. Raises BadInput unless there is one and only one."""
+    for title in name.split("|"):
+        found = [i for i, other in enumerate(header) if other == title]
+        if not found:
+            found = [i for i, other in enumerate(header) if other.lower() == title.lower()]
+        if len(found) > 1:
+            raise BadInput(f"{path}: {len(found)} columns are called {title}; rename one")
+        if found:
+            return found[0]
+    raise BadInput(f"{path}: no column {name.replace('|', ' or ')} in the header {', '.join(header)[:200]}")
 
 
 def number_values(values, label):
@@ -359,7 +349,7 @@ def read_image(path):
     advice = "replace it, or take its row out of the metadata"
     with reading(path, advice), Image.open(path) as image:
         # PIL cuts grey values off at 255, and of colours it takes the upper 8 bits
-        if image.mode[0] in "IF" or ";16" in str(image.tile):
+        if image.mode[0] in "IF" or re.search(";16[BLN]", str(image.tile)):
             raise BadInput(f"{path}: has more than 8 bits a pixel and colour; convert it to 8")
         return image.convert("RGB")
 
@@ -484,13 +474,16 @@ class EpochOrder(Sampler):
 
 class Batches:
     """Batches (x, y, g, index) of Images, on the device: x (B, 3, S, S) float and normalised as the
-    network takes it, or (B, V, 3, S, S) for V views; y, g and index (B,). order: an EpochOrder, or
-    lists of indices, one a batch; by default all images as they are stored."""
+    network takes it, or (B, V, 3, S, S) for V views; y, g and index (B,). All images as they are
+    stored, or those of an EpochOrder, or of parts, index tensors (n,), no two of them in one batch,
+    as tracing goes group by group."""
 
-    def __init__(self, images, device="cpu", batch_size=128, workers=0, order=None):
+    def __init__(self, images, device="cpu", batch_size=128, workers=0, order=None, parts=None):
         if order is None:
-            order = torch.arange(len(images)).split(batch_size)
-            order = [batch.tolist() for batch in order]
+            parts = [torch.arange(len(images))] if parts is None else parts
+            order = [
+                batch.tolist() for part in parts for batch in part.split(batch_size) if len(batch)
+            ]
         if workers and len(tempfile.gettempdir()) > 60:
             tempfile.tempdir = "/tmp"  # workers make sockets there, whose paths must be short
         self.workers = workers
@@ -502,6 +495,7 @@ class Batches:
             batch_sampler=order,
             num_workers=workers,
             persistent_workers=workers > 0,  # new ones would take seconds an epoch
+            timeout=600 if workers else 0,  # for what a worker cannot report
             pin_memory=self.device.type == "cuda",
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # its own: else it would draw from dropout's
@@ -610,13 +604,14 @@ def check_patches(model, arch, size):
     would change no logit."""
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.in_channels == 3:
-            patch = module.stride[0]
-            left = (size + 2 * module.padding[0]) % patch
-            if module.kernel_size[0] == patch and left:
+            stride = module.stride[0]
+            kernel = module.kernel_size[0]
+            padding = module.padding[0]
+            seen = (size + 2 * padding - kernel) // stride * stride + kernel - padding
+            if size - seen > 1:  # one is lost to many convolutions of stride 2
                 raise BadInput(
-                    f"--size {size}: {arch} cuts images into patches of {patch} x {patch} pixels "
-                    f"and would not see the last {left} rows; sizes that fit are {size - left} and "
-                    f"{size - left + patch}"
+                    f"--size {size}: {arch} cuts images into patches and would not see the last "
+                    f"{size - seen} rows; sizes that fit are {seen} and {seen + stride}"
                 )
             return
 
@@ -802,63 +797,51 @@ def short(group):
 
 def print_epoch(row, epochs):
     """One line on an epoch of a training stage: loss terms, and group accuracies in %."""
-    line = f"epoch {row['epoch']}/{epochs}"
-    for name, value in row["terms"].items():
-        line += f" {name} {value:.4f}"
-    line += f" lr {row['lr']:.1e}"
+    terms = " ".join(f"{name} {value:.4f}" for name, value in row["terms"].items())
+    print(f"epoch {row['epoch']}/{epochs} {terms} lr {row['lr']:.1e}", end="")
     for split in ("train", "val"):
-        line += f" {split}"
+        print(f" {split}", end="")
         for group in row[split]["groups"]:
-            percent = f"{100 * group['acc']:.1f}" if group["n"] else "-"
-            line += f" {percent:>5s}{'*' if group['minority'] else ''}"
-    worst = row["val"]
-    line += f" worst {100 * worst['acc_worst']:.1f} (group {worst['worst_group']})"
-    print(f"{line} {row['seconds']:.0f} s", flush=True)
+            star = "*" if group["minority"] else ""
+            print(f" {percent(row[split], group['group']):>5s}{star}", end="")
+    print(f" {row['seconds']:.0f} s", flush=True)
 
 
 def print_splits(title, after, before=None):
-    """A table of group accuracies and their means, from reports {split: report} of one network, or
-    of one before and after; the worst group of each split carries a '<'."""
-    print(f"\n{title}; accuracy in %, * minority, < worst group")
-    print(f"{'group':32s}" + "".join(f"{split:>18s}" for split in after))
-    rows = {group["group"]: f"{short(group)} {group['name']}" for group in after["test"]["groups"]}
-    for row, name in {**rows, **MEANS}.items():
-        line = f"{name:32s}"
+    """Group accuracies and their means in %, from reports {split: report} of one network, or of one
+    before and after; the worst group of each split carries a '<'."""
+    names = {group["group"]: f"{short(group)} {group['name']}" for group in after["test"]["groups"]}
+    rows = []
+    for key, name in {**names, **MEANS}.items():
+        cells = {"group": name}
         for split, report in after.items():
-            cell = percent(report, row)
+            cells[split] = percent(report, key)
             if before:
-                cell = f"{percent(before[split], row)} -> {cell}"
-            line += f"{cell:>17s}{'<' if row == report['worst_group'] else ' '}"
-        print(line)
+                cells[split] = f"{percent(before[split], key)} -> {cells[split]}"
+            cells[split] += "<" if key == report["worst_group"] else " "
+        rows.append(cells)
+    print_rows(f"{title}; accuracy in %, * minority, < worst group", rows)
 
 
-def percent(report, row):
+def percent(report, key):
     """Accuracy of a report in %, of a group by its number or of one of MEANS."""
-    accuracy = report[row] if row in MEANS else report["groups"][row]["acc"]
+    accuracy = report[key] if key in MEANS else report["groups"][key]["acc"]
     return "-" if accuracy is None else f"{100 * accuracy:.1f}"
 
 
-def plot_groups(ax, reports):
-    """Figure 1: group accuracies of two reports, {label: report}, side by side, as bars; n: images
-    of the first."""
-    styles = ({"color": "0.75"}, {"color": "0.35", "hatch": "///"})
-    for offset, style, (label, report) in zip((-0.2, 0.2), styles, reports.items(), strict=True):
-        rows = report["groups"]
-        bars = ax.bar(
-            [i + offset for i in range(len(rows))],
-            [100 * (row["acc"] or 0) for row in rows],
-            0.4,
-            edgecolor="white",
-            label=label,
-            **style,
-        )
-        cells = [f"{100 * row['acc']:.1f}" if row["n"] else "no image" for row in rows]
-        ax.bar_label(bars, cells, fontsize=8)
-    first = next(iter(reports.values()))["groups"]
-    ticks = [f"{short(row)}\n{row['name']}\nn = {row['n']}" for row in first]
-    ax.set_xticks(range(len(first)), ticks, fontsize=7)
-    ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20))
-    ax.legend(loc="upper center", ncols=2, fontsize=8)
+def print_rows(title, rows):
+    """A title and dicts with the same keys, as a table with aligned columns."""
+    print(f"\n{title}")
+    table = [list(rows[0])]
+    for row in rows:
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+        table.append(cells)
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    for first, *others in table:
+        print(first.ljust(widths[0]), end="")
+        for cell, width in zip(others, widths[1:], strict=True):
+            print(f"  {cell.rjust(width)}", end="")
+        print()
 
 
 def plot_epochs(log, selected):
@@ -926,7 +909,9 @@ def prunable_weights(model):
     none."""
     convolutions = {}
     linear = {}
-    parameters = dict(model.named_parameters())  # a weight that two layers share has one name
+    left_out = set()  # of the heads, and what has a name already where layers share a weight
+    for name in head_names(model):
+        left_out.update(id(weight) for weight in model.get_submodule(name).parameters())
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
             kind = convolutions
@@ -934,9 +919,10 @@ def prunable_weights(model):
             kind = linear
         else:
             continue
-        for part in (f"{name}.weight", f"{name}.in_proj_weight"):
-            if part in parameters and name not in head_names(model):
-                kind[part] = parameters[part]
+        for part, weight in module.named_parameters(recurse=False):
+            if part.endswith("weight") and id(weight) not in left_out:
+                kind[f"{name}.{part}"] = weight
+                left_out.add(id(weight))
     weights = max(convolutions, linear, key=lambda kind: sum(w.numel() for w in kind.values()))
     if not weights:
         raise ValueError("this network has no convolution and no linear layer before its head")
@@ -1214,6 +1200,7 @@ NOT_SETTINGS = {
     "run",
     "name",
     "data",
+    "attributes",
     "checkpoint",
     "kick_in",
     "weights",
@@ -1262,6 +1249,49 @@ def make_parser(description):
         help="the same bytes again on CUDA too; slower, and an error where that is impossible",
     )
     return p
+
+
+def add_tracing_flags(p):
+    """The flags that stages 2 and 3 share."""
+    g = p.add_argument_group("what is traced")
+    g.add_argument("--checkpoint", type=Path, help="model to trace (RUN/erm/best.pt)")
+    g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
+    g.add_argument(
+        "--max-per-group",
+        type=positive_int,
+        metavar="N",
+        help="at most so many images of each group, a random sample; of minority groups in "
+        "training always all (all; built-in set 100)",
+    )
+    g.add_argument(
+        "--unit",
+        choices=["auto", "channel", "weight"],
+        default="auto",
+        help="what a neuron is; auto: a weight where linear layers hold most weights, as in "
+        "transformers, else a channel (auto)",
+    )
+    g.add_argument(
+        "--batch-size", type=positive_int, default=128, help="images in a forward pass (128)"
+    )
+    g.add_argument(
+        "--seed", type=seed_int, default=0, help="draws samples, noise and random neurons (0)"
+    )
+
+
+def open_traced(args):
+    """What stages 2 and 3 trace: model, checkpoint, table, the weights that hold neurons and how
+    many neurons each has. Fills in the arguments that were left out, and prints them."""
+    args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
+    model, checkpoint, table = reopen(args.checkpoint, args.data, args.device)
+    if args.max_per_group is None and is_built_in(table):
+        args.max_per_group = 100
+    weights = prunable_weights(model)
+    if args.unit == "auto":
+        args.unit = choose_unit(weights)
+    counts = count_neurons(weights, args.unit)
+    print_settings(args)
+    print(f"{sum(counts.values())} neurons ({args.unit}s) in {len(counts)} layers")
+    return model, checkpoint, table, weights, counts
 
 
 def number(kind, low, high=math.inf):
@@ -1348,7 +1378,7 @@ def encode(name, content):
     """What a file of a stage holds, as bytes, by the ending of its name."""
     kind = Path(name).suffix
     buffer = io.BytesIO()
-    if kind == ".pt":
+    if kind in (".pt", ".pth"):
         torch.save(content, buffer)
     elif isinstance(content, Figure):
         with warnings.catch_warnings(record=True) as caught:
@@ -1474,27 +1504,29 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
     change of these results.json holds; inputs: fingerprints, None where one cannot be told. Raises
     BadInput if settings or inputs are not those of that run."""
     check_own(folder, names)
-    if not (folder / "results.json").exists() and not (folder / "last.pt").exists():
+    ended = (folder / "results.json").exists()
+    if not ended and not (folder / "last.pt").exists():
         return None, None
     before = read_json(folder / "args.json")
-    defaults = plain(defaults)
-    changed = []
     with reading(folder / "args.json", "use --overwrite or another --run"):
+        known = {**plain(defaults), **before["args"]}
+        changed = []
         for key, value in settings(args).items():
-            old = before["args"].get(key, defaults[key])
-            longer = key == "epochs" and old is not None and value > old
-            if old != value and old is not None and not longer:
-                changed.append(f"{key} {old}, now {value}")
+            left_out = key not in before["args"] and known[key] is None
+            longer = key == "epochs" and value > known[key]
+            if value != known[key] and not left_out and not longer:
+                changed.append(f"{key} {known[key]}, now {value}")
         for key, value in inputs.items():
-            if value is not None and before["inputs"].get(key, value) != value:
+            if value is not None and value != before["inputs"].get(key, value):
                 changed.append(f"the {key} changed")
     finished = False
-    if (folder / "results.json").exists():
+    if ended:
         results = read_json(folder / "results.json")
         with reading(folder / "results.json", "use --overwrite or another --run"):
             same_test = results.get("test_labels", test_labels) == test_labels
+            figures = [folder / name for name in names if name.endswith(".png")]
             finished = same_test and results["epochs"] >= args.epochs
-        finished = finished and all(any(folder.glob(name)) for name in names if "[" not in name)
+            finished = finished and all(path.exists() for path in figures)
     if args.overwrite and (changed or finished):
         return None, None  # while an unfinished run of these settings goes on
     if changed:
@@ -1538,7 +1570,8 @@ def script():
 
     def stop(number, _):
         if os.getpid() == main_process:  # and not a worker that has just been forked
-            os.write(2, f"\n{program}: stopped; the same command continues\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{program}: stopped; the same command continues\n".encode())
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -1550,20 +1583,30 @@ def script():
     except BrokenPipeError:  # the reader left, as in ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (BadInput, OSError, MemoryError, RuntimeError) as error:
-        message = str(error).partition("\n")[0] or "out of memory"
-        if isinstance(error, (MemoryError, RuntimeError)):
-            # torch.save makes something else of a lack of memory
-            memory = isinstance(error.__context__, MemoryError)
-            if not memory and not re.search(LIMITS, message):
-                raise
-            message = f"{message[:200]}; try a smaller --batch-size or --workers 0"
+    except Exception as error:
+        message = in_one_line(error)
+        if message is None:
+            raise
         print(f"{program}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
+def in_one_line(error):
+    """What to say of an error that the user can mend; None of a fault of the code."""
+    if isinstance(error, (BadInput, OSError)):
+        return str(error)
+    advice = "try a smaller --batch-size or --workers 0"
+    for line in str(error).splitlines():
+        if isinstance(error, RuntimeError) and re.search(LIMITS, line):
+            return f"{line[:200]}; {advice}"
+    if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
+        return f"out of memory; {advice}"
+    return None
+
+
 # Where torch says that the machine has too little of something, or cannot do what a flag asks for
 LIMITS = (
-    "out of memory|can't allocate|bad_alloc|can't start new thread|shared memory|ancdata|"
-    "Too many open files|could not create a primitive|DataLoader worker|deterministic"
+    r"out of memory|can't allocate|bad_alloc|can't start new thread|shared memory|ancdata|"
+    r"Too many open files|could not create a primitive|deterministic|"
+    r"DataLoader worker \(pid|DataLoader timed out"
 )

@@ -15,7 +15,7 @@ learns the labels (eq. 2.2, 2.3):
     loss = NT-Xent(r, r_p) + lambda * ||r - one-hot(y)||^2
 
 Starts from a checkpoint of RUN/erm and writes RUN/NAME/: args.json, log.jsonl, masked.csv, best.pt,
-last.pt, results.json, groups.png and curves.png. The same command again continues an interrupted
+last.pt, results.json and curves.png. The same command again continues an interrupted
 run.
 """
 
@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
@@ -39,7 +38,6 @@ FILES = (
     "best.pt",
     "last.pt",
     "results.json",
-    "groups.png",
     "curves.png",
 )
 
@@ -131,7 +129,8 @@ def parse_args(argv=None):
     g.add_argument(
         "--epochs",
         type=common.positive_int,
-        help="passes over the training images (a fifth of ERM's, as the paper's 20 of 100, but at least 4)",
+        help="passes over the training images (a fifth of ERM's, as the paper's 20 of 100, but at "
+        "least 4)",
     )
     g.add_argument(
         "--lr", type=common.positive_float, default=2e-4, help="learning rate of Adam (2e-4)"
@@ -184,24 +183,14 @@ def critical_neurons(model, weights, images, logits, args, epoch):
             if args.gradient_source == "minority":
                 index = torch.isin(images.g, torch.tensor(args.minority)).nonzero()[:, 0]
             worst = common.worst_images(logits, images.y, index, generator)
-            order = [part.tolist() for part in worst.split(args.batch_size)]
-            batches = common.Batches(images, args.device, order=order)
+            batches = common.Batches(images, args.device, args.batch_size, parts=[worst])
             gradients = common.mean_gradient(model, weights, batches)
         scores = common.score_neurons(weights, gradients, criterion, args.unit)
         sign = 1 if args.order == "largest" else -1
         signed = {name: sign * values for name, values in scores.items()}
-        values = {}
         for name, index in common.top_neurons(signed, k):
-            if name not in values:
-                values[name] = scores[name].tolist()
-            rows.append(
-                {
-                    "criterion": criterion,
-                    "parameter": name,
-                    "index": index,
-                    "score": values[name][index],
-                }
-            )
+            row = {"criterion": criterion, "parameter": name, "index": index}
+            rows.append({**row, "score": float(scores[name][index])})
     return rows
 
 
@@ -413,35 +402,23 @@ def main(args):
     }
     common.write(folder, {"results.json": results})
     print_table(results)
-    figures = {
-        "groups.png": plot_before_and_after(results),
-        "curves.png": common.plot_epochs(log, best["epoch"]),
-    }
-    common.write(folder, figures)
+    common.write(folder, {"curves.png": common.plot_epochs(log, best["epoch"])})
     print(f"wrote {folder}/")
 
 
 def starting_point(args):
-    """--checkpoint, RUN/erm/epoch_N.pt or, where ERM did not keep it, best.pt. Raises BadInput."""
+    """--checkpoint, RUN/erm/epoch_N.pt or, where ERM did not keep it, best.pt."""
+    folder = args.run / "erm"
     if args.checkpoint:
         return args.checkpoint
-    folder = args.run / "erm"
-    kept = [str(int(path.stem[6:])) for path in sorted(folder.glob("epoch_[0-9]*.pt"))]
     if args.kick_in:
-        if str(args.kick_in) not in kept:
-            raise BadInput(
-                f"--kick-in {args.kick_in}: {folder} has not kept that epoch, but "
-                f"{', '.join(kept) or 'none'} (see --keep-epochs of train_erm.py)"
-            )
         return folder / f"epoch_{args.kick_in:03d}.pt"
-    if not (folder / "args.json").exists():
-        return folder / "best.pt"
-    with common.reading(folder / "args.json", "give --kick-in or --checkpoint"):
+    with common.reading(folder / "args.json", "run train_erm.py first, or give --checkpoint"):
         kick_in = common.read_json(folder / "args.json")["args"]["epochs"] * 2 // 5
-    if str(kick_in) in kept:
-        return folder / f"epoch_{kick_in:03d}.pt"
-    if kick_in:
-        common.warn(f"{folder} has not kept epoch {kick_in}, 40 % of its epochs; using best.pt")
+    path = folder / f"epoch_{kick_in:03d}.pt"
+    if path.exists():
+        return path
+    common.warn(f"{folder} has not kept epoch {kick_in}, 40 % of its epochs; using best.pt")
     return folder / "best.pt"
 
 
@@ -469,21 +446,6 @@ def print_table(results):
         results["splits"],
         results["before"],
     )
-
-
-def plot_before_and_after(results):
-    """Accuracy of every group before and after, in training and in test."""
-    groups = results["splits"]["train"]["groups"]
-    fig = Figure(figsize=(4 + 2 * len(groups), 3.4), layout="constrained")
-    for ax, name in zip(fig.subplots(1, 2), ("train", "test"), strict=True):
-        pair = {"before": results["before"][name], "after": results["splits"][name]}
-        common.plot_groups(ax, pair)
-        ax.set_title(name)
-    fig.suptitle(
-        f"Group accuracy before and after fine-tuning ({results['method']}, * minority)",
-        fontsize=11,
-    )
-    return fig
 
 
 if __name__ == "__main__":

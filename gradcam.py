@@ -108,7 +108,7 @@ def main(args):
 
     # The picture: a seeded choice of images
     index = choose_images(test, table.groups, args.n, args.seed)
-    chosen = common.Batches(test, args.device, order=[index])
+    chosen = common.Batches(test, args.device, len(index), parts=[torch.tensor(index)])
     shapes = object_masks(test, index, args.masks) if args.masks else None
     shown = {}
     for name, model in models.items():
@@ -171,7 +171,7 @@ def main(args):
     }
     common.write(folder, numbers)
     if args.masks:
-        print_focus(rows)
+        common.print_rows("Focus on the object over the test split, with 95 % intervals", rows)
     else:
         print("nothing measured: no object masks (--masks DIR)")
 
@@ -472,30 +472,6 @@ def choose_images(split, groups, n, seed):
     chosen = (minority or there)[:n]
     most = math.ceil(n / len(chosen))
     return torch.cat(common.sample_groups(split.g, chosen, most, seed=seed)).tolist()
-
-
-def print_focus(rows):
-    print("\nFocus on the object over the test split, in %, mean [95 % interval]; * minority")
-    group = None
-    for row in rows:
-        if row["group"] != group:
-            group = row["group"]
-            print(
-                f"{short(row)} {row['name']}, n = {row['n']}, object {100 * row['area']:.1f} % of "
-                "the image"
-            )
-        cells = " ".join(f"{key} {with_interval(row, key):26s}" for key in MEASURES)
-        empty = f" empty {row['empty']}" if row["empty"] else ""
-        print(f"  {row['model']:28s} {cells}{empty}".rstrip())
-
-
-def with_interval(row, key):
-    """A measure in percent with its interval; differences are signed."""
-    if row[key] is None:
-        return "-"
-    form = "+.1f" if " - " in row["model"] else ".1f"
-    mean, low, high = (format(100 * row[key + end], form) for end in ("", "_low", "_high"))
-    return f"{mean} [{low}, {high}]"
 
 
 # ---- the figure ----

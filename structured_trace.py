@@ -25,24 +25,8 @@ FILES = ("args.json", "layers.csv", "results.json", "fig07_layers.png")
 
 def parse_args(argv=None):
     p = common.make_parser(f"{__doc__}\nIn brackets: the default.")
-    g = p.add_argument_group("what is traced")
-    g.add_argument("--checkpoint", type=Path, help="model to trace (RUN/erm/best.pt)")
-    g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
-    g.add_argument(
-        "--max-per-group",
-        type=common.positive_int,
-        metavar="N",
-        help="at most so many images of each group, a random sample; of minority groups always all "
-        "(all; built-in set 100)",
-    )
+    common.add_tracing_flags(p)
     g = p.add_argument_group("neurons")
-    g.add_argument(
-        "--unit",
-        choices=["auto", "channel", "weight"],
-        default="auto",
-        help="what a neuron is; auto: a weight where linear layers hold most weights, as in "
-        "transformers, else a channel (auto)",
-    )
     g.add_argument(
         "--k", type=common.positive_int, default=3, help="neurons zeroed in each layer (3)"
     )
@@ -52,38 +36,24 @@ def parse_args(argv=None):
         default=5,
         help="random sets in each layer, whose changes are averaged (5)",
     )
-    g = p.add_argument_group("run")
-    g.add_argument(
-        "--seed", type=common.seed_int, default=0, help="draws samples and random neurons (0)"
-    )
-    g.add_argument(
-        "--batch-size", type=common.positive_int, default=128, help="images in a forward pass (128)"
-    )
     return p.parse_args(argv)
 
 
 def main(args):
     # The network, its data and a sample of each group
-    args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
-    model, checkpoint, table = common.reopen(args.checkpoint, args.data, args.device)
+    model, checkpoint, table, weights, counts = common.open_traced(args)
     groups = table.groups
-    if args.max_per_group is None and common.is_built_in(table):
-        args.max_per_group = 100
-    weights = common.prunable_weights(model)
-    if args.unit == "auto":
-        args.unit = common.choose_unit(weights)
-    counts = common.count_neurons(weights, args.unit)
-    common.print_settings(args)
-    print(f"{sum(counts.values())} neurons ({args.unit}s) in {len(counts)} layers")
     folder = args.run / "structured"
     common.open_folder(folder, FILES)
     train = common.open_split(checkpoint, table, "train")
     minority = [group["group"] for group in groups if group["minority"]]
     index = common.sample_groups(train.g, groups, args.max_per_group, minority, args.seed)
 
-    def batches(members):
-        order = [batch.tolist() for batch in members.split(args.batch_size)]
-        return common.Batches(train, args.device, workers=args.workers, order=order)
+    batches = []
+    for members in index:
+        batches.append(
+            common.Batches(train, args.device, args.batch_size, args.workers, parts=[members])
+        )
 
     # Scores of all neurons: for each group or, where a criterion needs no gradient, for all of
     # them; the random ones are those of largest random score
@@ -91,8 +61,8 @@ def main(args):
     for criterion in common.CRITERIA:
         if not common.needs_gradient(criterion):
             scores[criterion, "all"] = common.score_neurons(weights, {}, criterion, args.unit)
-    for j, members in enumerate(index):
-        gradients = common.mean_gradient(model, weights, batches(members))
+    for j in range(len(groups)):
+        gradients = common.mean_gradient(model, weights, batches[j])
         for criterion in common.CRITERIA:
             if common.needs_gradient(criterion):
                 scores[criterion, j] = common.score_neurons(
@@ -106,7 +76,7 @@ def main(args):
     # The top neurons of each layer are zeroed, those of a group on its own images alone
     rows = []
     passes = common.OnePass()
-    for group, members in enumerate(index):
+    for group in range(len(groups)):
         asked = []
         variants = []
         for layer, n in counts.items():
@@ -115,7 +85,7 @@ def main(args):
                     neurons = common.top_neurons({layer: values[layer]}, min(args.k, n))
                     asked.append({"parameter": layer, "criterion": criterion, "selected_by": by})
                     variants.append({"neurons": neurons})
-        found = common.count_right(model, batches(members), variants, weights, args.unit, passes)
+        found = common.count_right(model, batches[group], variants, weights, args.unit, passes)
         for row, variant, by_group in zip(asked, variants, found, strict=True):
             images = by_group[group]
             points = 100 * (images["correct_after"] - images["correct_before"]) / images["n"]
@@ -202,21 +172,18 @@ def summarize_layers(heat, layers, groups):
 
 
 def print_summary(summary, groups, k):
-    print(f"\nChange in training accuracy by zeroing {k} neurons of one layer, points, * minority")
+    rows = []
+    thirds = []
     for criterion, found in summary.items():
         for row, group in zip(found["groups"], groups, strict=True):
             name = f"{common.short(group)} {group['name']}"
-            print(
-                f"{criterion:10s} {name:30s} mean {row['mean']:+7.2f}  "
-                f"largest {row['largest']:+7.2f} in {row['layer']}"
-            )
+            rows.append({"criterion": criterion, **row, "group": name})
         if found["thirds"]:
-            shares = [f"{100 * x:.0f} % in the {t} third" for t, x in found["thirds"].items()]
-            print(
-                f"{criterion}: of all minority change (absolute) {', '.join(shares)} of the layers"
-            )
-        else:
-            print(f"{criterion}: no minority accuracy changed")
+            thirds.append({"criterion": criterion, **found["thirds"]})
+    title = f"Change in training accuracy by zeroing {k} neurons of one layer, percentage points"
+    common.print_rows(f"{title} (* minority)", rows)
+    if thirds:
+        common.print_rows("Share of the minorities' absolute change, by thirds of layers", thirds)
 
 
 def plot_heat(heat, layers, groups, k):

@@ -42,24 +42,8 @@ FILES = ("args.json", "neurons.csv", "accuracy.csv", "results.json", *FIGURES)
 
 def parse_args(argv=None):
     p = common.make_parser(f"{__doc__}\nIn brackets: the default.")
-    g = p.add_argument_group("what is traced")
-    g.add_argument("--checkpoint", type=Path, help="model to trace (RUN/erm/best.pt)")
-    g.add_argument("--data", help="where the data are now, if they moved (as the checkpoint says)")
-    g.add_argument(
-        "--max-per-group",
-        type=common.positive_int,
-        metavar="N",
-        help="at most so many images of each group, a random sample; of minority groups in "
-        "training always all (all; built-in set 100)",
-    )
+    common.add_tracing_flags(p)
     g = p.add_argument_group("neurons")
-    g.add_argument(
-        "--unit",
-        choices=["auto", "channel", "weight"],
-        default="auto",
-        help="what a neuron is; auto: a weight where linear layers hold most weights, as in "
-        "transformers, else a channel (auto)",
-    )
     g.add_argument(
         "--gradient-samples",
         choices=["group", "worst"],
@@ -96,16 +80,6 @@ def parse_args(argv=None):
         help="so many random sets of 3 neurons from all layers, and for each critical set so many "
         "more from that set's layers; 0: none, else at least 39, for their 95 %% range (40)",
     )
-    g = p.add_argument_group("run")
-    g.add_argument(
-        "--seed",
-        type=common.seed_int,
-        default=0,
-        help="draws samples, noise and random neurons (0)",
-    )
-    g.add_argument(
-        "--batch-size", type=common.positive_int, default=128, help="images in a forward pass (128)"
-    )
     args = p.parse_args(argv)
     if 0 < args.controls < 39:
         p.error(f"--controls {args.controls}: expected 0, or at least 39 for a 95 % range")
@@ -114,19 +88,10 @@ def parse_args(argv=None):
 
 def main(args):
     # The network and its data
-    args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
-    model, checkpoint, table = common.reopen(args.checkpoint, args.data, args.device)
+    model, checkpoint, table, weights, counts = common.open_traced(args)
     groups = table.groups
     minority = [group["group"] for group in groups if group["minority"]]
-    if args.max_per_group is None and common.is_built_in(table):
-        args.max_per_group = 100
-    weights = common.prunable_weights(model)
-    if args.unit == "auto":
-        args.unit = common.choose_unit(weights)
-    counts = common.count_neurons(weights, args.unit)
     total = sum(counts.values())
-    common.print_settings(args)
-    print(f"{total} neurons ({args.unit}s) in {len(counts)} layers")
     if max(args.top_k) > total:
         raise BadInput(f"--top-k {max(args.top_k)}: the network has {total} neurons")
     folder = args.run / "trace"
@@ -146,9 +111,8 @@ def main(args):
     reports, logits = common.evaluate(model, loaders, groups)
     common.print_splits("The network as it is", reports)
 
-    def batches(name, *parts):
-        order = [batch.tolist() for part in parts for batch in part.split(args.batch_size)]
-        return common.Batches(splits[name], args.device, workers=args.workers, order=order)
+    def batches(name, parts):
+        return common.Batches(splits[name], args.device, args.batch_size, args.workers, parts=parts)
 
     # Gradients: of each group, from training images alone, and of all groups together
     gradients = {}
@@ -157,8 +121,8 @@ def main(args):
             generator = torch.Generator().manual_seed(args.seed)
             of_group = (splits["train"].g == j).nonzero()[:, 0]
             members = common.worst_images(logits["train"], splits["train"].y, of_group, generator)
-        gradients[j] = common.mean_gradient(model, weights, batches("train", members))
-    gradients["all"] = common.mean_gradient(model, weights, batches("train", *index["train"]))
+        gradients[j] = common.mean_gradient(model, weights, batches("train", [members]))
+    gradients["all"] = common.mean_gradient(model, weights, batches("train", index["train"]))
 
     # Scores, and the critical sets: I_j for each group j or, where a criterion needs no gradient,
     # one set for all
@@ -184,7 +148,7 @@ def main(args):
             asked = [row for row in planned if group in row["groups"]]
             found = common.count_right(
                 model,
-                batches(name, members),
+                batches(name, [members]),
                 [row["variant"] for row in asked],
                 weights,
                 args.unit,
@@ -196,9 +160,9 @@ def main(args):
                     rows.append({**key, "split": name, "group": group, **by_group[group]})
 
     # Numbers first, so that they do not depend on figures
-    control = {}
+    control = []
     for criterion in common.CRITERIA:
-        control[criterion] = control_test(rows, criterion, groups, args.controls)
+        control += control_test(rows, criterion, groups, args.controls)
     results = {
         "stage": "trace",
         "source": table.source,
@@ -226,7 +190,11 @@ def main(args):
     }
     common.write(folder, numbers)
     print_changes(results["changes"], groups)
-    print_control(control)
+    if control:
+        title = (
+            f"Do the top {FEW_NEURONS} cost minorities more than random ones (zeroed, training)?"
+        )
+        common.print_rows(title, control)
 
     shown = f"top {listed} of {total} neurons ({100 * listed / total:.2g} %)"
     first = args.sigma[:1]
@@ -248,77 +216,51 @@ def main(args):
 # ---- what is modified ----
 
 
+def planned_row(criterion, by, groups, neurons, how="zero", sigma="", repeat="", seed=0):
+    """A modified network to be counted: what accuracy.csv says of it, its `variant` (see
+    common.full_passes) and the `groups` that it is evaluated on."""
+    return {
+        "criterion": criterion,
+        "modification": how,
+        "sigma": sigma,
+        "k": len(neurons),
+        "repeat": repeat,
+        "selected_by": by,
+        "groups": groups,
+        "variant": {"neurons": neurons, "how": how, "sigma": sigma or 0.0, "seed": seed},
+    }
+
+
 def plan(args, ranked, split, groups):
-    """Every modified network but the controls: dicts of what it is, with its `variant` (see
-    common.full_passes) and the `groups` that it is evaluated on. Noise is most of the work: only
-    what some table or figure shows is made."""
+    """Every modified network but the controls. Noise is most of the work: only what some table or
+    figure shows is made."""
     planned = []
     everyone = [group["group"] for group in groups]
     few = [k for k in args.top_k if k <= FEW_NEURONS]
     for (criterion, by), neurons in ranked.items():
         for k in args.top_k:
-            planned.append(
-                {
-                    "criterion": criterion,
-                    "modification": "zero",
-                    "sigma": "",
-                    "k": k,
-                    "repeat": "",
-                    "selected_by": by,
-                    "groups": everyone,
-                    "variant": {"neurons": neurons[:k]},
-                }
-            )
+            planned.append(planned_row(criterion, by, everyone, neurons[:k]))
         hows = ["random-init", "random-noise"]
         if split == "test":  # of the paper's tables, 13 alone has test columns
-            hows = ["random-noise"] if by != "all" else []
+            hows = [] if by == "all" else ["random-noise"]
+        shown = everyone if by == "all" else [by]
         for how, sigma, k, repeat in itertools.product(hows, args.sigma, few, range(args.repeats)):
-            planned.append(
-                {
-                    "criterion": criterion,
-                    "modification": how,
-                    "sigma": sigma,
-                    "k": k,
-                    "repeat": repeat,
-                    "selected_by": by,
-                    "groups": everyone if by == "all" else [by],
-                    "variant": {
-                        "neurons": neurons[:k],
-                        "how": how,
-                        "sigma": sigma,
-                        "seed": common.seed_of(args.seed, repeat),
-                    },
-                }
-            )
+            seed = common.seed_of(args.seed, repeat)
+            planned.append(planned_row(criterion, by, shown, neurons[:k], how, sigma, repeat, seed))
     return planned
 
 
 def random_sets(args, ranked, counts, minority):
     """The control: random sets of as many neurons as the figures zero, over the minority groups.
     One kind uniform over all neurons, one kind for each critical set with as many neurons in each
-    layer as that set has. Dicts as `plan` makes them."""
+    layer as that set has."""
     rng = np.random.default_rng(args.seed)
     total = sum(counts.values())
     k = min(FEW_NEURONS, total)
     planned = []
-
-    def add(repeat, selected_by, groups, neurons):
-        planned.append(
-            {
-                "criterion": "random",
-                "modification": "zero",
-                "sigma": "",
-                "k": k,
-                "repeat": repeat,
-                "selected_by": selected_by,
-                "groups": groups,
-                "variant": {"neurons": neurons},
-            }
-        )
-
     for repeat in range(args.controls):
         drawn = common.locate(rng.choice(total, k, replace=False), counts)
-        add(repeat, "all layers", minority, drawn)
+        planned.append(planned_row("random", "all layers", minority, drawn, repeat=repeat))
         for (criterion, by), neurons in ranked.items():
             layers = [layer for layer, _ in neurons[:k]]
             drawn = []
@@ -326,7 +268,8 @@ def random_sets(args, ranked, counts, minority):
                 chosen = rng.choice(counts[layer], layers.count(layer), replace=False)
                 drawn += [(layer, int(i)) for i in chosen]
             groups = [j for j in minority if by in ("all", j)]
-            add(repeat, f"layers of {criterion} {by}", groups, drawn)
+            kind = f"layers of {criterion} {by}"
+            planned.append(planned_row("random", kind, groups, drawn, repeat=repeat))
     return planned
 
 
@@ -399,68 +342,52 @@ def middle_95(null):
 
 def control_test(rows, criterion, groups, controls):
     """Do the critical neurons of a criterion lower a minority group's training accuracy more than
-    random ones? Yes if at most 5 % of the random sets of each kind lower it as much (p), AND it
-    loses over FEW_IMAGES more images than under random sets on average: a small p means rare, not
-    large. Returns {"beats": {group: bool}, "tests": a list of dicts, "sentence"}."""
+    random ones? Two tests a group, against random sets of all layers and of the same layers, a list
+    of dicts. `more` is True if at most 5 % of the random sets of each kind lower it as much (p),
+    AND it loses over FEW_IMAGES more images than under random sets on average: a small p means
+    rare, not large."""
     tests = []
-    beats = {}
-    for j in [group["group"] for group in groups if group["minority"]]:
+    for group in groups:
         observed = own(
-            rows, j, criterion=criterion, modification="zero", k=FEW_NEURONS, split="train"
+            rows,
+            group["group"],
+            criterion=criterion,
+            modification="zero",
+            k=FEW_NEURONS,
+            split="train",
         )
-        if not observed or not controls:
+        if not observed or not controls or not group["minority"]:
             continue
-        images = observed[0]["correct_after"] - observed[0]["correct_before"]
         n = observed[0]["n"]
-        kinds = {
-            "all layers": "all layers",
-            "the same layers": f"layers of {criterion} {observed[0]['selected_by']}",
-        }
-        usual = 0  # mean change in images under the kind that costs more; a gain counts as 0
-        rare = True
-        for name, selected_by in kinds.items():
-            others = pick(rows, criterion="random", selected_by=selected_by, group=j)
+        of_group = []
+        for name, selected_by in (
+            ("all layers", "all layers"),
+            ("the same layers", f"layers of {criterion} {observed[0]['selected_by']}"),
+        ):
+            others = pick(rows, criterion="random", selected_by=selected_by, group=group["group"])
             null = [change(row) for row in others]
             low, high = middle_95(null)
-            test = {
-                "group": j,
-                "random": name,
-                "n": n,
-                "sets": len(null),
-                "observed": change(observed[0]),
-                "observed_images": images,
-                "mean": float(np.mean(null)),
-                "p": p_value(change(observed[0]), null),
-                "low": float(low),
-                "high": float(high),
-            }
-            tests.append(test)
-            usual = min(usual, test["mean"] * n / 100)
-            rare = rare and test["p"] <= 0.05
-        beats[j] = rare and images < usual - FEW_IMAGES
-    return {"beats": beats, "tests": tests, "sentence": verdict(criterion, beats, tests)}
-
-
-def verdict(criterion, beats, tests):
-    """One sentence: yes, no or only for some groups, and where a loss is too small to count."""
-    if not beats:
-        return (
-            f"{criterion}: not compared with random neurons; that takes a minority group, "
-            f"--controls, and zeroing of the top {FEW_NEURONS}"
-        )
-    if all(beats.values()):
-        answer = "yes"
-    elif any(beats.values()):
-        answer = "only for " + ", ".join(f"G{j}*" for j in beats if beats[j])
-    else:
-        answer = "no"
-    for j in beats:
-        if not beats[j] and max(test["p"] for test in pick(tests, group=j)) <= 0.05:
-            answer += f"; G{j}*: rare, but within {FEW_IMAGES} images of what random ones lose"
-    return (
-        f"{criterion}: do its top {FEW_NEURONS} neurons cost minorities more than random ones? "
-        f"{answer}"
-    )
+            of_group.append(
+                {
+                    "criterion": criterion,
+                    "group": group["group"],
+                    "random": name,
+                    "n": n,
+                    "images": observed[0]["correct_after"] - observed[0]["correct_before"],
+                    "observed": change(observed[0]),
+                    "sets": len(null),
+                    "mean": float(np.mean(null)),
+                    "low": float(low),
+                    "high": float(high),
+                    "p": p_value(change(observed[0]), null),
+                }
+            )
+        rare = all(test["p"] <= 0.05 for test in of_group)
+        # Images lost to the kind of random sets that costs more; a gain counts as 0
+        usual = min(0, *(test["mean"] * n / 100 for test in of_group))
+        more = rare and of_group[0]["images"] < usual - FEW_IMAGES
+        tests += [{**test, "more": more} for test in of_group]
+    return tests
 
 
 def percentile(neurons, scores):
@@ -516,34 +443,19 @@ def rank_shares(neurons):
 
 def print_changes(changes, groups):
     """Each group under its own set, and every group under the zeroed set of each other group."""
-    print("\nChange in accuracy, percentage points (images), * minority")
-    print(f"{'':62s}" + "".join(f"{short(group):>17s}" for group in groups))
+    rows = []
     for line in changes:
-        name = f"{line['split']}: {line['criterion']} {line['modification']} top {line['k']}"
-        if line["sigma"]:
-            name += f" sigma {line['sigma']}"
-        if line["selected_by"] != "own":
-            name += f" of G{line['selected_by']}"
-        cells = ""
+        row = {key: line[key] for key in line if key not in ("points", "images")}
         for group in groups:
-            cell = "-"
+            row[short(group)] = "-"
             if group["group"] in line["points"]:
                 points = line["points"][group["group"]]
-                cell = f"{points:+.2f} ({line['images'][group['group']]:+.1f})"
-            cells += f"{cell:>17s}"
-        print(f"{name:62s}{cells}")
-
-
-def print_control(control):
-    print("\nControl: the critical neurons against random ones, zeroed, training images")
-    for of_criterion in control.values():
-        for t in of_criterion["tests"]:
-            print(
-                f"  G{t['group']}* {t['observed']:+7.2f} ({t['observed_images']:+d} of {t['n']}); "
-                f"{t['sets']} random sets of {t['random']}: mean {t['mean']:+.2f}, 95 % between "
-                f"{t['low']:+.2f} and {t['high']:+.2f}, p = {t['p']:.3f}"
-            )
-        print(of_criterion["sentence"])
+                row[short(group)] = f"{points:+.2f} ({line['images'][group['group']]:+.1f})"
+        rows.append(row)
+    title = (
+        "Change in accuracy in percentage points (images); selected by: whose neurons; * minority"
+    )
+    common.print_rows(title, rows)
 
 
 # ---- the figures ----

@@ -154,7 +154,7 @@ def main(args):
             scheduler.load_state_dict(last["scheduler"])
             log = last["log"]
             best = last["best"]
-            erm["id"] = last["erm"]["id"]
+            erm["id"] = common.erm_of(last)["id"]
         common.load_checkpoint(folder / "best.pt")  # the end needs it
 
     # Batches of training, in an order of their own, and of evaluation
@@ -293,11 +293,29 @@ def print_table(results):
 
 
 def plot_gap(results):
-    """Figure 1, at the selected epoch."""
-    reports = {name: results["splits"][name] for name in ("train", "test")}
-    fig = Figure(figsize=(2 + 1.3 * len(reports["train"]["groups"]), 3.6), layout="constrained")
+    """Figure 1: training and test accuracy of every group at the selected epoch."""
+    train = results["splits"]["train"]["groups"]
+    fig = Figure(figsize=(2 + 1.3 * len(train), 3.6), layout="constrained")
     ax = fig.subplots()
-    common.plot_groups(ax, reports)
+    for offset, split, style in (
+        (-0.2, "train", {"color": "0.75"}),
+        (0.2, "test", {"color": "0.35", "hatch": "///"}),
+    ):
+        report = results["splits"][split]
+        bars = ax.bar(
+            [i + offset for i in range(len(train))],
+            [100 * (group["acc"] or 0) for group in report["groups"]],
+            0.4,
+            edgecolor="white",
+            label=split,
+            **style,
+        )
+        labels = [common.percent(report, i) for i in range(len(train))]
+        ax.bar_label(bars, labels, fontsize=8)
+    ticks = [f"{common.short(group)}\n{group['name']}\nn = {group['n']}" for group in train]
+    ax.set_xticks(range(len(train)), ticks, fontsize=7)
+    ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20))
+    ax.legend(loc="upper center", ncols=2, fontsize=8)
     ax.set_title(f"Group accuracy, ERM, epoch {results['selected_epoch']} (* minority)")
     return fig
 

@@ -33,7 +33,22 @@ STAGES = ("erm", "trace", "structured", "finetune", "gradcam")
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
-PLACES = (common.NOT_SETTINGS - {"weights"}) | {"seed", "before", "after", "masks"}
+PLACES = {
+    "run",
+    "name",
+    "data",
+    "checkpoint",
+    "kick_in",
+    "before",
+    "after",
+    "masks",
+    "seed",
+    "device",
+    "workers",
+    "deterministic",
+    "overwrite",
+    "keep_epochs",
+}
 # Flags of earlier versions, and what runs do that lack them
 GONE = {
     "difficulty": 0.2,
@@ -235,13 +250,13 @@ def trace_cells(result):
     for line, row in trace_lines(result["changes"]):
         for group, points in row["points"].items():  # of the groups that have images
             yield line, names[int(group)], [points, row["images"][group]]
-    for criterion, control in result["control"].items():
-        for test in control["tests"]:
-            column = names[test["group"]]
-            others = f"random ones of {test['random']}"
-            yield f"Control: {others} in place of {criterion}", column, [test["mean"]]
-            more = test["observed"] - test["mean"]
-            yield f"Control: {criterion} minus {others}", column, [more]
+    for test in result["control"]:
+        column = names[test["group"]]
+        criterion = test["criterion"]
+        others = f"random ones of {test['random']}"
+        yield f"Control: {others} in place of {criterion}", column, [test["mean"]]
+        more = test["observed"] - test["mean"]
+        yield f"Control: {criterion} minus {others}", column, [more]
 
 
 def trace_lines(changes):

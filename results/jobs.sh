@@ -5,10 +5,11 @@
 # Real birds: birds50/ is a set like Waterbirds; the front page makes the file of weights.
 birds="--data birds50 --arch tf_efficientnet_lite0 --weights tf_efficientnet_lite0.pth --size 128"
 birds="$birds --epochs 15 --batch-size 32 --keep-epochs 3 6 9 12"
+drawn="--epochs 25 --keep-epochs 5 10 15 20"
 if [ "$1" = erm ]; then
-  for s in 0 1 2 3 4 5 6 7 8 9; do echo "python train_erm.py --run runs/s$s --seed $s"; done
+  for s in 0 1 2 3 4 5 6 7 8 9; do echo "python train_erm.py --run runs/s$s --seed $s $drawn"; done
   for s in 0 1 2 3 4; do echo "python train_erm.py --run runs/b$s --seed $s $birds"; done
-  for s in 0 1 2; do echo "python train_erm.py --run runs/h$s --seed $s --precision bf16"; done
+  for s in 0 1 2; do echo "python train_erm.py --run runs/h$s --seed $s $drawn --precision bf16"; done
   exit
 fi
 tune() { seeds=$1; shift; for s in $seeds; do echo "python finetune_contrastive.py --run runs/s$s $*"; done; }

@@ -374,7 +374,7 @@ TEXT = "\n".join(",".join(row) for row in [HEADER, *ROWS])
         "every row needs 4 cells": TEXT[:-2],
         "every row needs 4 cells.* is 'x,0,0'": f"{TEXT}\nx,0,0",
         "no column img_filename or filename in the header x": TEXT.replace("img_filename", "x"),
-        "no column a in the header img_filename, y, where": TEXT.replace("place", "where"),
+        "no column place or a in the header img_filename, y, where": TEXT.replace("place", "where"),
         "place is empty in row 69;": f"{TEXT}\nx,0,,0",
         "y is empty in row 69;": f"{TEXT}\nx,,0,0",
         "split of x is 3; expected 0, 1, 2": f"{TEXT}\nx,0,0,3",
@@ -589,6 +589,30 @@ def write_png_of_16_bits(path, colours):
         data += struct.pack(">I", len(content)) + kind + content
         data += struct.pack(">I", zlib.crc32(kind + content))
     path.write_bytes(data)
+
+
+def test_of_columns_that_differ_in_case_the_exact_one_is_read(tmp_path):
+    header = [*HEADER, "Y"]
+    rows = [[name, y, a, split, "0"] for name, y, a, split in ROWS]
+    write_table(tmp_path, [header, *rows])
+    assert read_table(tmp_path).y.tolist() == [int(row[1]) for row in ROWS]
+    with pytest.raises(BadInput, match="metadata.csv: 2 columns are called y; rename one"):
+        write_table(tmp_path, [[*HEADER, "y"], *rows])
+        read_table(tmp_path)
+
+
+def test_a_bitmap_of_16_bits_a_pixel_has_less_than_8_a_colour(tmp_path):
+    """5, 6 and 5 bits for the colours: what PIL makes of it is right."""
+    row = np.array([0xF800, 0x07E0, 0x001F, 0xFFFF], "<u2")  # red, green, blue, white
+    pixels = row.tobytes()
+    masks = np.array([0xF800, 0x07E0, 0x001F], "<u4").tobytes()
+    info = np.array([40, 4, 1], "<i4").tobytes() + np.array([1, 16], "<u2").tobytes()
+    info += np.array([3, len(pixels), 0, 0, 0, 0], "<i4").tobytes()
+    start = 14 + len(info) + len(masks)
+    head = b"BM" + np.array([start + len(pixels), 0, start], "<i4").tobytes()
+    (tmp_path / "x.bmp").write_bytes(head + info + masks + pixels)
+    image = np.asarray(common.read_image(tmp_path / "x.bmp"))
+    assert image[0].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
 
 
 def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path):

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import common
 import finetune_contrastive as stage
 
-from .test_train_erm import as_script, content, test_report, without_figures
+from .test_train_erm import as_script, content, report_on_test, without_figures
 
 MASKED = {  # architecture: (unit, neurons)
     "test_resnet": ("channel", [("conv1.0.weight", 3), ("layer3.0.downsample.1.weight", 7)]),
@@ -242,7 +242,7 @@ def test_gradient_is_that_of_the_worst_images(monkeypatch):
 
 
 def test_a_criterion_of_ones_own(monkeypatch):
-    """One line in CRITERIA: the product of weight and gradient, which is not that of their norms."""
+    """One line in CRITERIA: the product of weight and gradient, not that of their norms."""
     monkeypatch.setitem(common.CRITERIA, "product", lambda z, v: z * v)
     kept = {}
     mean_gradient = common.mean_gradient
@@ -311,7 +311,7 @@ def test_a_run_and_its_extension(run, monkeypatch):
     assert (settings["seed"], settings["batch_size"], settings["augment"]) == (3, 16, "table1")
     networks = {"before": (run / "erm/best.pt", 0), "splits": (folder / "best.pt", selected)}
     for key, (path, epoch) in networks.items():
-        report, checkpoint = test_report(path)
+        report, checkpoint = report_on_test(path)
         row = log[epoch]
         assert results[key] == {"train": row["train"], "val": row["val"], "test": report}
         assert common.erm_of(checkpoint) == results["erm"]

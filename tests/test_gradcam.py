@@ -16,9 +16,7 @@ import gradcam
 from common import BadInput
 from gradcam import activations, check_layer, choose_layer, focus, grad_cam, is_empty, read_mask
 
-CAPTUM = [("resnet10", layer, 96) for layer in ("layer4.0.conv2", "layer2.0.conv1", "conv1")]
-CAPTUM += [("mobilenetv3_small_050", None, 96), ("vit_tiny_patch16_224", None, 80)]
-CAPTUM += [("vit_small_patch14_reg4_dinov2", None, 70)]
+from .conftest import write_table
 
 
 def network(arch="resnet10", size=64):
@@ -30,34 +28,53 @@ def pictures(n=3, size=64):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+# ---- maps ----
+
+
 @pytest.mark.parametrize("relu", [None, nn.ReLU(), nn.ReLU(inplace=True)])
 @pytest.mark.parametrize("target", [0, 3, torch.tensor([2, 0, 1]), None])
 def test_closed_form(relu, target):
     """The gradient of logit c by channel k is head[c, k] / (H W); a ReLU behind the layer lets it
     through where the activation, in front of it, is positive."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 5, 3, padding=1), relu or nn.Identity(), nn.AdaptiveAvgPool2d(1)]
-    model, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(5, 4)), pictures(3, 9)
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    head = nn.Linear(5, 4)
+    model = nn.Sequential(conv, relu or nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    x = pictures(3, 9)
     maps, logits = grad_cam(model, x, "0", target)
     assert torch.equal(logits, model(x))
     classes = logits.argmax(1) if target is None else torch.as_tensor(target).expand(3)
-    activation = layers[0](x)
+    activation = conv(x)
     through = (activation > 0).float().mean((2, 3)) if relu else 1
-    weights = model[-1].weight[classes] * through / 81
+    weights = head.weight[classes] * through / 81
     expected = torch.einsum("bk,bkhw->bhw", weights, activation).relu()
-    assert torch.allclose(maps, expected, atol=1e-7) and maps.max() > 0
+    assert torch.allclose(maps, expected, atol=1e-7)
+    assert maps.max() > 0
 
 
-@pytest.mark.parametrize("arch,layer,size", CAPTUM)
+@pytest.mark.parametrize(
+    "arch,layer,size",
+    [
+        ("resnet10", "layer4.0.conv2", 96),
+        ("resnet10", "layer2.0.conv1", 96),
+        ("resnet10", "conv1", 96),
+        ("mobilenetv3_small_050", None, 96),
+        ("vit_tiny_patch16_224", None, 80),
+        ("vit_small_patch14_reg4_dinov2", None, 70),
+    ],
+)
 def test_agrees_with_captum(arch, layer, size):
-    model, x, target = network(arch, size), pictures(3, size), torch.tensor([1, 0, 1])
+    model = network(arch, size)
+    x = pictures(3, size)
+    target = torch.tensor([1, 0, 1])
     layer = choose_layer(layer, model, arch)
     maps, logits = grad_cam(model, x, layer, target)
     assert torch.allclose(logits, model(x), atol=1e-6)
     module = model.get_submodule(layer or "blocks")  # the last feature map is what is pooled
     if "vit" in arch:  # its 5 x 5 patches have to pass through a module as a map
         assert layer == "blocks.11.norm1"
-        grid, prefix = nn.Identity(), 5 if "reg4" in arch else 1
+        prefix = 5 if "reg4" in arch else 1
+        grid = nn.Identity()
 
         def through_grid(_, inputs, out):
             patches = grid(out[:, prefix:].transpose(1, 2).unflatten(2, (5, 5)))
@@ -68,70 +85,131 @@ def test_agrees_with_captum(arch, layer, size):
     theirs = LayerGradCam(model, module).attribute(x, target, relu_attributions=True)
     theirs = nn.functional.interpolate(theirs, x.shape[2:], mode="bilinear")[:, 0]
     shows = ~is_empty(theirs)
-    assert shows.any() and torch.equal(is_empty(maps), ~shows)
-    ours, theirs = (m[shows] / m[shows].amax((1, 2), keepdim=True) for m in (maps, theirs))
+    assert shows.any()
+    assert torch.equal(is_empty(maps), ~shows)
+    ours = maps[shows] / maps[shows].amax((1, 2), keepdim=True)
+    theirs = theirs[shows] / theirs[shows].amax((1, 2), keepdim=True)
     assert (ours - theirs).abs().max() < 1e-4
 
 
-def test_default_layers_are_maps_of_the_image():
-    layers = {"resnet50": (64, "layer4.2.conv3", [2, 2]), "seresnet18": (64, None, [2, 2])}
-    layers |= {"mobilevit_xxs": (64, None, [2, 2]), "levit_128s": (224, None, [4, 4])}
-    layers |= {"xcit_nano_12_p16_224": (64, "blocks.11.norm1", [4, 4])}
-    for arch, (size, layer, grid) in layers.items():
-        model = network(arch, size)
-        for norm in model.modules():  # timm starts the last one of each block at zero
-            if isinstance(norm, nn.BatchNorm2d):
-                nn.init.ones_(norm.weight)
-        found = choose_layer(None, model, arch)
-        assert (found, check_layer(model, found, size)) == (layer, grid), arch
+@pytest.mark.parametrize(
+    "arch,size,layer,grid",
+    [
+        ("resnet50", 64, "layer4.2.conv3", [2, 2]),
+        ("seresnet18", 64, None, [2, 2]),
+        ("mobilevit_xxs", 64, None, [2, 2]),
+        ("levit_128s", 224, None, [4, 4]),
+        ("xcit_nano_12_p16_224", 64, "blocks.11.norm1", [4, 4]),
+    ],
+)
+def test_default_layers_are_maps_of_the_image(arch, size, layer, grid):
+    model = network(arch, size)
+    for norm in model.modules():  # timm starts the last one of each block at zero
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.ones_(norm.weight)
+    found = choose_layer(None, model, arch)
+    assert found == layer
+    assert check_layer(model, found, size) == grid
+
+
+def test_a_layer_on_which_no_logit_depends_is_refused():
     with pytest.raises(BadInput, match="do not depend on the patches"):
         check_layer(network("cait_xxs24_224", 224), None, 224)
 
 
-def test_where_the_channels_are():
-    """Last in Swin, but for its convolution; in front in EdgeNeXt, but for these layers."""
-    model, x = network("swin_tiny_patch4_window7_224", 224), pictures(1, 224)
+def test_where_the_channels_are_in_swin():
+    """They are the last dimension, as timm says of the whole network, but for its convolution."""
+    model = network("swin_tiny_patch4_window7_224", 224)
+    x = pictures(1, 224)
     features = model.forward_features(x).permute(0, 3, 1, 2)
     assert torch.allclose(activations(model, x)[0], features, atol=1e-6)
     assert activations(model, x, "patch_embed.proj")[0].shape[1:] == (96, 56, 56)
+
+
+def test_where_the_channels_are_in_edgenext():
+    """In front, as timm says, but a linear layer always has them last; of a norm between the two
+    only the caller can tell."""
     model = network("edgenext_xx_small")
-    for layer in ("stages.3.blocks.1.mlp.fc2", "stages.3.blocks.1.norm"):
-        assert activations(model, pictures(1), layer)[0].shape[1:] == (168, 2, 2)
-    model, wide = torchvision.models.swin_t(num_classes=2), torch.zeros(1, 3, 128, 224)
-    assert activations(model, wide, "features.7")[0].shape[1:] == (768, 4, 7)
+    x = pictures(1)
+    block = model.stages[3].blocks[1]
+    assert isinstance(block.mlp.fc2, nn.Linear)
+    kept = {}
+    for layer in ("mlp.fc2", "norm"):  # both behind a permutation
+        block.get_submodule(layer).register_forward_hook(
+            lambda *args, layer=layer: kept.update({layer: args[-1].permute(0, 3, 1, 2)})
+        )
+    model(x)
+    assert kept["mlp.fc2"].shape == kept["norm"].shape == (1, 168, 2, 2)
+    last, _, _ = activations(model, x, "stages.3.blocks.1.mlp.fc2")
+    assert torch.allclose(last, kept["mlp.fc2"], atol=1e-6)
+    told, gradient, _ = activations(model, x, "stages.3.blocks.1.norm", channels_last=True)
+    assert torch.allclose(told, kept["norm"], atol=1e-6)
+    assert gradient.shape == told.shape
+    assert activations(model, x, "stages.0.blocks.0.conv_dw")[0].shape[1:] == (24, 16, 16)
+
+
+def test_where_the_channels_are_in_another_library():
+    """Of torchvision's Swin nothing tells but channels_last."""
+    torch.manual_seed(0)
+    model = torchvision.models.swin_t(num_classes=2)
+    wide = torch.randn(1, 3, 128, 224)
+    told, _, _ = activations(model, wide, "features.7", channels_last=True)
+    assert told.shape[1:] == (768, 4, 7)
+    maps, _ = grad_cam(model, wide, "features.7", 0, channels_last=True)
+    assert maps.shape == (1, 128, 224)
+    assert activations(model, wide, "features.0.0")[0].shape[1:] == (96, 32, 56)
+    said, _, _ = activations(model, wide, "features.0.0", channels_last=False)
+    assert said.shape[1:] == (96, 32, 56)
 
 
 def test_leaves_the_model_as_it_was():
     model = network().train()
     model.layer1.eval()  # modes differ between modules, as where BatchNorm is frozen
-    modes, before = [m.training for m in model.modules()], common.fingerprint_of(model)
+    modes = [module.training for module in model.modules()]
+    before = common.fingerprint_of(model)
     with pytest.raises(RuntimeError):
         grad_cam(model, pictures(2), "layer3.0.conv1", torch.tensor([0, 7]))  # no class 7
     grad_cam(model, pictures(2), "layer3.0.conv1", 0)
-    assert torch.is_grad_enabled() and [m.training for m in model.modules()] == modes
-    assert not any(m._forward_hooks for m in model.modules())
+    assert torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert common.fingerprint_of(model) == before
 
 
-def test_focus_and_its_controls_by_hand():
-    # 3 of 4 inside, the maximum too; a plateau, which shares the hit; all outside; empty
-    maps = torch.tensor([[3.0, 1, 0, 0], [2, 2, 0, 0], [0, 0, 0, 5], [0, 0, 0, 0]]).view(4, 2, 2)
+# ---- numbers ----
+
+
+def test_focus_by_hand():
+    maps = torch.tensor(
+        [
+            [[3.0, 1], [0, 0]],  # 3 of 4 inside, the maximum too
+            [[2.0, 2], [0, 0]],  # a plateau, which shares the hit
+            [[0.0, 0], [0, 5]],  # all outside
+            [[0.0, 0], [0, 0]],  # empty
+        ]
+    )
     mask = torch.tensor([[True, False], [False, False]]).expand(4, 2, 2)
     assert focus(maps, mask)[:3].tolist() == [[0.75, 1], [0.5, 0.5], [0, 0]]
-    assert focus(maps, mask)[3].isnan().all() and focus(maps, mask & False).isnan().all()
+    assert focus(maps, mask)[3].isnan().all()
+    assert focus(maps, mask & False).isnan().all()
+
+
+def test_controls_by_hand():
     blob = gradcam.gaussian(48)
     assert torch.allclose(blob, blob.rot90())
     # 11.5 pixels and half a pixel off the middle; the standard deviation is 12
     assert (blob[23, 35] / blob[23, 23]).log() == pytest.approx((0.5**2 - 11.5**2) / (2 * 12**2))
     model = network()
-    old, new = model.state_dict(), gradcam.random_head(model).state_dict()
+    old = model.state_dict()
+    new = gradcam.random_head(model).state_dict()
     assert [k for k in old if not torch.equal(old[k], new[k])] == ["fc.weight", "fc.bias"]
 
 
 def test_the_intervals_cover_95_percent():
     """1,000 data sets of a skewed quantity whose mean is known."""
-    generator, covered = torch.Generator().manual_seed(0), 0
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
     for seed in range(1000):
         values = torch.rand(150, 1, generator=generator).square()  # mean 1/3
         values[torch.rand(150, 1, generator=generator) < 0.1] = torch.nan  # empty maps
@@ -143,35 +221,49 @@ def test_the_intervals_cover_95_percent():
 
 def test_masks_go_the_way_of_the_images(tmp_path):
     """A mask of some columns, resized and cropped like a photograph of the same shape."""
-    pixels, image = np.uint8([[0] * 32 + [255] * 32] * 40), tmp_path / "i.jpg"
+    pixels = np.uint8([[0] * 32 + [255] * 32] * 40)
+    image = tmp_path / "i.jpg"
     Image.fromarray(np.stack([pixels] * 3, -1)).save(image, quality=100)
-    masks = {"m": 1 + pixels // 85, "another size": pixels[:20], "empty": 0 * pixels}
-    masks["deep"] = 257 * pixels.astype(np.uint16)
-    for name, mask in masks.items():  # m: one and four annotators
+    masks = {
+        "m": 1 + pixels // 85,  # one and four annotators
+        "another size": pixels[:20],
+        "empty": 0 * pixels,
+        "deep": 257 * pixels.astype(np.uint16),
+    }
+    for name, mask in masks.items():
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     (tmp_path / "unreadable.png").write_text("no mask")
     for size in (224, 130):  # of 256 and 149
         expected = common.make_transform(size)(common.read_image(image))[0] > 127
+        assert 0 < expected.float().mean() < 1
         assert torch.equal(read_mask(tmp_path / "m.png", image, size), expected)
-    for name in ("empty", "missing"):
-        assert not read_mask(tmp_path / f"{name}.png", image, 224).any()
+    assert not read_mask(tmp_path / "empty.png", image, 224).any()
     for name in ("another size.png", "unreadable.png", "deep.png", "i.jpg"):  # itself
         with pytest.raises(BadInput, match=f"{name}: .*of its image's size"):
             read_mask(tmp_path / name, image, 224)
 
 
+# ---- whole runs ----
+
+
 @pytest.fixture(scope="module")
 def run(erm_run, tmp_path_factory):
     """A copy of the run with a "fine-tuned" network whose head is the reverse of the other's, one
-    of other classes, and masks of all images but the last."""
-    run = shutil.copytree(erm_run / "run", tmp_path_factory.mktemp("gradcam") / "run")
-    model, checkpoint = common.load_model(run / "erm/best.pt")
-    del checkpoint["model"]
-    for value in model.fc.parameters():
-        value.data *= -1
-    for name, classes in (("finetune", checkpoint["classes"]), ("cattle", ["cow", "camel"])):
+    of other classes, one of another training, and masks of all images but the last."""
+    run = tmp_path_factory.mktemp("gradcam") / "run"
+    shutil.copytree(erm_run / "run", run)
+    checkpoint = common.load_checkpoint(run / "erm/best.pt")
+    weights = dict(checkpoint["model"])
+    for name in ("fc.weight", "fc.bias"):
+        weights[name] = -weights[name]
+    others = {
+        "finetune": {"model": weights},
+        "cattle": {"classes": ["cow", "camel"]},
+        "stranger": {"model": weights, "erm": {**checkpoint["erm"], "id": "another training"}},
+    }
+    for name, differs in others.items():
         (run / name).mkdir()
-        common.save_checkpoint(run / name / "best.pt", model, **checkpoint | {"classes": classes})
+        torch.save({**checkpoint, **differs}, run / name / "best.pt")
     pixels = np.pad(np.full((16, 16), 255, np.uint8), ((8, 8), (12, 12)))
     shutil.copytree(erm_run / "data", run / "masks")
     for image in sorted((run / "masks").rglob("*.jpg"))[:-1]:
@@ -180,7 +272,7 @@ def run(erm_run, tmp_path_factory):
 
 
 def draw(run, more):
-    flags = f"--run {run} --workers 0 --device cpu --layer layer1.0.conv2.weight {more}"
+    flags = f"--run {run} --workers 0 --device cpu --layer layer1.0.conv2.weight --n 2 {more}"
     gradcam.main(gradcam.parse_args(flags.split()))
     return json.loads((run / "gradcam/results.json").read_text())
 
@@ -199,18 +291,113 @@ def test_a_run_with_masks(run, capsys):
     gain = rows["finetune", j]["mass"] - rows["erm", j]["mass"]
     assert rows["finetune - erm", j]["mass"] == pytest.approx(gain, abs=2e-4)
     fixed = draw(run, f"--masks {run}/masks --target 0")["focus"]
-    same = [ours["mass"] == theirs["mass"] for ours, theirs in zip(results["focus"], fixed)]
-    assert all(same[:10]) and not all(same[10:])  # five rows a group; G0 and G1 are of class 0
+    same = []
+    for ours, theirs in zip(results["focus"], fixed, strict=True):
+        same.append(ours["mass"] == theirs["mass"])
+    # Five rows a group; G0 and G1 are of class 0
+    assert all(same[:10])
+    assert not all(same[10:])
 
 
-def test_refusals_that_leave_the_old_folder(run):
-    assert draw(run, "--target predicted")["focus"] == []  # without masks nothing is measured
-    before = (run / "gradcam/results.json").read_bytes()
-    bad = {"--target 2": "expected label, each .*; 0, class 0 .landbird.", "--n 0": "positive"}
-    bad |= {"--masks nowhere": "of 20 images none has a mask", "--after nowhere": "no such file"}
-    bad |= {"--layer layer9": "layer9: cannot be used", "--layer global_pool": "which is no map"}
-    bad |= {f"--after {run}/erm/best.pt": "twice", f"--after {run}/cattle/best.pt": "must be alike"}
-    for more, words in bad.items():
-        with pytest.raises(BadInput, match=words):
-            draw(run, more)
-        assert (run / "gradcam/results.json").read_bytes() == before, more
+def test_a_network_of_another_training_is_said(run, capsys):
+    draw(run, "")
+    assert "did not start from the training" not in capsys.readouterr().err
+    draw(run, f"--after {run}/stranger/best.pt")
+    warned = capsys.readouterr().err
+    assert f"{run}/stranger/best.pt did not start from the training that" in warned
+
+
+def masks_of(folder, names, right):
+    """Masks (PNGs) of all images, in which the right or the left half is the object."""
+    pixels = np.zeros((32, 40), np.uint8)
+    if right:
+        pixels[:, 20:] = 255
+    else:
+        pixels[:, :20] = 255
+    for name in names:
+        path = (folder / name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def masses(results):
+    return [row["mass"] for row in results["focus"] if row["model"] == "erm"]
+
+
+def test_the_folder_of_masks_that_is_used(run, erm_run, tmp_path, monkeypatch, capsys):
+    """Also where a csv has full paths: the folder that was named and not what lies beside the
+    images, and by itself the folder `masks` beside the metadata."""
+    data = tmp_path / "data"
+    shutil.copytree(erm_run / "data", data)
+    table = common.read_table(data)
+    masks_of(data, table.files, right=False)  # beside the images, where nobody asked for them
+    named = tmp_path / "masks2"
+    masks_of(named, table.files, right=True)
+    rows = []
+    for line in (data / "metadata.csv").read_text().splitlines():
+        rows.append(line.split(","))
+    at = rows[0].index("img_filename")
+    for row in rows[1:]:
+        row[at] = str(data / row[at])
+    write_table(data, rows)
+    used = []
+
+    def spy(*args):
+        used.append(args[0])
+        return read_mask(*args)
+
+    monkeypatch.setattr(gradcam, "read_mask", spy)
+    results = draw(run, f"--data {data} --masks {named}")
+    assert results["without_mask"] == 0
+    assert {path.is_relative_to(named) for path in used} == {True}
+    right = masses(results)
+
+    used.clear()
+    assert draw(run, f"--data {data}")["focus"] == []
+    assert used == []
+    assert "nothing measured" in capsys.readouterr().out
+
+    masks_of(data / "masks", table.files, right=False)
+    results = draw(run, f"--data {data}")
+    assert {path.is_relative_to(data / "masks") for path in used} == {True}
+    assert masses(results) != right
+
+
+def test_numbers_do_not_wait_for_the_figure(run, monkeypatch):
+    draw(run, f"--masks {run}/masks")
+    folder = run / "gradcam"
+    (folder / "notes.txt").write_text("mine")
+    assert (folder / "fig10_gradcam.png").exists()
+    with monkeypatch.context() as crash:
+        crash.setattr(gradcam, "plot_images", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw(run, f"--masks {run}/masks --target predicted")
+    assert json.loads((folder / "results.json").read_text())["target"] == "predicted"
+    assert (folder / "focus.csv").exists()
+    assert not (folder / "fig10_gradcam.png").exists()  # it would show the older target
+    draw(run, "--target predicted")  # without masks
+    assert not (folder / "focus.csv").exists()
+    assert (folder / "fig10_gradcam.png").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "more,words",
+    [
+        ("--target 2", "expected label, each .*; 0, class 0 .y=0."),
+        ("--masks nowhere", "of 20 images none has a mask"),
+        ("--after nowhere", "no such file"),
+        ("--layer layer9", "layer9: cannot be used"),
+        ("--layer global_pool", "which is no map"),
+        ("--after RUN/erm/best.pt", "twice"),
+        ("--after RUN/cattle/best.pt", "must be alike"),
+    ],
+)
+def test_refusals_leave_the_old_numbers(run, more, words):
+    results = run / "gradcam/results.json"
+    if not results.exists():
+        draw(run, "")
+    before = results.read_bytes()
+    with pytest.raises(BadInput, match=words):
+        draw(run, more.replace("RUN", str(run)))
+    assert results.read_bytes() == before

@@ -63,7 +63,6 @@ def test_every_head_starts_as_torchs_linear(arch, size):
     assert len(heads) == (2 if arch in ("deit_tiny_distilled_patch16_224", "levit_128s") else 1)
     for name in heads:
         linear = model.get_submodule(name)
-        linear = getattr(linear, "linear", linear)  # LeViT's has BatchNorm in front
         bound = linear.in_features**-0.5
         assert 0.8 * bound < linear.weight.abs().max() <= bound
         assert linear.bias.abs().max() <= bound
@@ -96,9 +95,12 @@ def test_what_cannot_be_built(arch, size, words):
 
 
 def test_a_size_of_which_patches_would_leave_rows_over():
-    """The last 8 rows and columns would change no logit; on a convolution, every row counts."""
-    with pytest.raises(BadInput, match="--size 56: .* 16 x 16 .* last 8 rows; .* 48 and 64"):
+    """The last 8 rows and columns would change no logit; on a convolution, every row counts. The
+    patches of PiT overlap."""
+    with pytest.raises(BadInput, match="--size 56: .* last 8 rows; .* 48 and 64"):
         build_model("vit_tiny_patch16_224", 2, 56)
+    with pytest.raises(BadInput, match="--size 60: .* last 4 rows; .* 56 and 64"):
+        build_model("pit_ti_224", 2, 60)
     for arch, size in (("vit_tiny_patch16_224", 48), ("resnet10", 57), ("test_efficientnet", 57)):
         model = build_model(arch, 2, size)
         x = torch.rand(1, 3, size, size)
@@ -223,8 +225,9 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize("changed", [{"size": "32"}, {"arch": "resnet18"}, {"n_classes": 3}])
 def test_odd_checkpoints(tmp_path, changed):
     write_checkpoint(tmp_path / "a.pt", build_model("resnet10", 2, 32), **changed)
-    with pytest.raises(BadInput, match="a.pt: cannot be used"):
+    with pytest.raises(BadInput, match="cannot be used") as error:
         load_model(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
 
 
 def test_foreign_and_damaged_checkpoints(tmp_path):

@@ -1,6 +1,7 @@
 """Group accuracies, neurons, scores, masks and the trace of many modified networks."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -53,12 +54,12 @@ def test_group_report_by_hand(capsys):
     common.print_epoch({**row, "train": report, "val": report}, 2)
     line = capsys.readouterr().out
     assert line.startswith("epoch 1/2 loss 1.0000 lr 1.0e-01 train  75.0  50.0*")
-    assert " val  75.0  50.0*  50.0*     - worst 50.0 (group 1)" in line
+    assert " val  75.0  50.0*  50.0*     - " in line
 
     before = common.group_report(1 - predicted, g // 2, g, GROUPS)  # its worst group is 0
     common.print_splits("title", {"test": report}, {"test": before})
     lines = capsys.readouterr().out.splitlines()[3:]
-    cells = [line[32:].strip() for line in lines]
+    cells = [re.split(" {2,}", line.strip())[-1] for line in lines]
     assert cells == [
         "25.0 -> 75.0",
         "50.0 -> 50.0<",

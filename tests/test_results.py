@@ -5,8 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 import common
+import finetune_contrastive
+import gradcam
+import structured_trace
+import trace_neurons
 from results import compare
 
 from .conftest import ROOT, run_script
@@ -206,6 +212,52 @@ def test_a_fine_tuning_of_another_erm_training_is_said(tmp_path, capsys):
     )
 
 
+def test_what_the_scripts_write_is_read(erm_run, tmp_path, monkeypatch, capsys):
+    """A run of all five stages, and a copy of it. Figures are not drawn."""
+    run = tmp_path / "r0"
+    shutil.copytree(erm_run / "run", run)
+    for image in (erm_run / "data").rglob("*.jpg"):
+        mask = tmp_path / "masks" / image.relative_to(erm_run / "data").with_suffix(".png")
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.repeat(np.uint8([[0, 255]]), [20, 20], 1).repeat(32, 0)).save(mask)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    for script, flags in (
+        (trace_neurons, "--top-k 1 3 --repeats 1 --sigma 0.1 --controls 39"),
+        (structured_trace, "--controls 1"),
+        (finetune_contrastive, "--epochs 1 --kick-in 2"),
+        (gradcam, f"--layer layer1.0.conv2 --n 1 --masks {tmp_path}/masks"),
+    ):
+        command = f"--run {run} --device cpu --workers 0 {flags}"
+        script.main(script.parse_args(command.split()))
+    shutil.copytree(run, tmp_path / "r1")
+    data = "data/metadata.csv, test_resnet"
+
+    capsys.readouterr()
+    compare.main(compare.parse_args([str(run), f"--figure={tmp_path}/f.png"]))
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "Matrix: gradient of G3" in out
+    (row,) = table("wga", run / "erm").values()
+    results = common.read_json(run / "erm/results.json")
+    assert row[0] == f"{100 * results['splits']['test']['acc_worst']:.1f} (1)"
+    assert (data, "before: epoch_002.pt") in table("wga", run)
+    rows = table("trace", run)
+    changes = common.read_json(run / "trace/results.json")["changes"]
+    (change,) = trace_neurons.pick(
+        changes, criterion="gradient", modification="zero", k=3, split="test", selected_by="own"
+    )
+    expected = [f"{change['points'][j]:+.1f} (1)" for j in "0123"]
+    assert rows[f"{data}, channels", "Table 13: gradient zero top 3, test images"] == expected
+    assert len(table("gradcam", run)) == 2
+    assert len(table("structured", run)) == 5
+
+    capsys.readouterr()
+    _, shown = compare.read_runs([run, tmp_path / "r1"])
+    assert len(compare.independent(shown)) == 5
+    said = "r1 repeats r0 in erm, finetune, gradcam, structured, trace (a copy, or"
+    assert said in capsys.readouterr().err
+
+
 def changes_of(criteria, groups=4):
     """What stage 2 says of every modification that it makes with its default flags."""
     changes = []
@@ -244,7 +296,7 @@ def test_lines_of_a_trace_are_named_as_ever():
         "stage": "trace",
         "groups": [{"group": j, "minority": j in (1, 2)} for j in range(4)],
         "changes": changes_of({"magnitude": False, "gradient": True}),
-        "control": {},
+        "control": [],
     }
     lines = {}
     for line, column, (points, _) in compare.cells_of(result):
@@ -287,7 +339,13 @@ def test_lines_of_a_trace_are_named_as_ever():
 
 
 def test_traces_are_averaged_where_they_are_alike(tmp_path):
-    null = {"group": 1, "random": "all layers", "mean": -1, "observed": -4}
+    test = {
+        "criterion": "gradient",
+        "group": 1,
+        "random": "all layers",
+        "mean": -1,
+        "observed": -4,
+    }
     for run, points, unit in (("r0", -10, "channel"), ("r1", -20, "channel"), ("r2", 0, "weight")):
         change = {
             "criterion": "magnitude",
@@ -302,7 +360,7 @@ def test_traces_are_averaged_where_they_are_alike(tmp_path):
         result = {
             "stage": "trace",
             "groups": [{"group": 0, "minority": False}, {"group": 1, "minority": True}],
-            "control": {"gradient": {"tests": [null]}},
+            "control": [test],
             "unit": unit,
             "changes": [change],
         }

@@ -5,6 +5,7 @@ import copy
 import csv
 import json
 import math
+import re
 import runpy
 
 import numpy as np
@@ -215,6 +216,12 @@ def read(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+def is_printed(text, *cells):
+    """Whether a line of a printed table has these cells."""
+    lines = [re.split(" {2,}", line.strip()) for line in text.splitlines()]
+    return any(set(cells) <= set(line) for line in lines)
+
+
 def largest_product(erm_run, groups):
     """The filter of the largest ||z * v|| over the training images of these groups, by autograd."""
     model, checkpoint, table = common.reopen(erm_run / "run/erm/best.pt")
@@ -234,9 +241,9 @@ def test_a_third_criterion_in_stage_2(product, figures, erm_run, tmp_path, capsy
     run(trace_neurons, erm_run, tmp_path, flags)
     folder = tmp_path / "trace"
     out = capsys.readouterr().out
-    assert "train: product zero top 3 " in out
-    assert "train: product random-noise top 1 sigma 0.2 " in out
-    assert "product: do its top 3 neurons cost minorities more than random ones? " in out
+    assert is_printed(out, "product", "zero", "3", "train", "own")
+    assert is_printed(out, "product", "random-noise", "0.2", "1", "test")
+    assert is_printed(out, "product", "the same layers")
 
     # Every group has a set of its own, and the sets and their ranks are as autograd has them
     neurons = read(folder / "neurons.csv")
@@ -266,7 +273,8 @@ def test_a_third_criterion_in_stage_2(product, figures, erm_run, tmp_path, capsy
     pairs = [(row["criterion"], row["by"]) for row in results["ranks"]]
     assert len(pairs) == 6
     assert ("product", "gradient") in pairs and ("magnitude", "product") in pairs
-    assert results["control"]["product"]["beats"].keys() == {"1", "2"}
+    tested = [row["group"] for row in results["control"] if row["criterion"] == "product"]
+    assert set(tested) == {1, 2}  # the minorities
 
     # A panel, or a row of panels, in each figure
     assert figures.keys() == set(trace_neurons.FIGURES)
@@ -284,7 +292,7 @@ def test_a_third_criterion_in_stage_2(product, figures, erm_run, tmp_path, capsy
 def test_a_third_criterion_in_stage_3(product, figures, erm_run, tmp_path, capsys):
     run(structured_trace, erm_run, tmp_path, "--k 2 --controls 1")
     folder = tmp_path / "structured"
-    assert "\nproduct    G0 " in capsys.readouterr().out
+    assert is_printed(capsys.readouterr().out, "product", "G1* y=0 place=1")
     results = json.loads((folder / "results.json").read_text())
     rows = [row for row in read(folder / "layers.csv") if row["criterion"] == "product"]
     assert len(rows) == 4 * len(results["layers"])
@@ -312,6 +320,6 @@ def test_a_third_criterion_in_stage_4(product, figures, erm_run, tmp_path, capsy
     score, name, index = largest_product(erm_run, range(4))  # there are less than 128 images
     assert (rows[0]["parameter"], rows[0]["index"]) == (name, index)
     assert float(rows[0]["score"]) == pytest.approx(score, rel=1e-3)
-    assert figures.keys() == {"groups.png", "curves.png"}
+    assert "curves.png" in figures
     with pytest.raises(SystemExit):
         finetune_contrastive.parse_args(["--criterion", "quotient"])

@@ -17,7 +17,7 @@ from PIL import Image
 import common
 import train_erm
 
-from .conftest import ROOT, SMALL, run_script, write_table, write_waterbirds
+from .conftest import ROOT, SMALL, write_table, write_waterbirds
 
 WRITTEN = {
     "args.json",
@@ -98,15 +98,12 @@ def stamps(run):
     return {path.name: path.stat().st_mtime_ns for path in (run / "erm").iterdir()}
 
 
-def test_report(path):
+def report_on_test(path):
     """The group report of a checkpoint's network on the test split, and the checkpoint."""
     model, checkpoint, table = common.reopen(path)
     images = common.Batches(common.open_split(checkpoint, table, "test"))
     reports, _ = common.evaluate(model, {"test": images}, table.groups)
     return reports["test"], checkpoint
-
-
-test_report.__test__ = False  # a helper, whatever its name says
 
 
 @pytest.mark.parametrize("rule,selected", [("val-wga", 3), ("val-mean", 1), ("last", 4)])
@@ -135,7 +132,7 @@ def test_what_a_run_writes(train, tmp_path, monkeypatch, rule, selected):
     assert evaluated == ["train", "val"] * 4 + ["test"]
     assert results["selected_epoch"] == selected
     monkeypatch.undo()
-    report, saved = test_report(folder / "best.pt")
+    report, saved = report_on_test(folder / "best.pt")
     row = log[selected - 1]
     assert results["splits"] == {
         "train": row["train"],
@@ -185,10 +182,9 @@ def test_learning_rate_is_halved_on_a_plateau(train, tmp_path, monkeypatch):
     assert [row["lr"] for row in log] == [0.01] * 5 + [0.005]
 
 
-def test_half_precision_is_near_full_precision(erm_run, tmp_path):
-    flags = f"--data {erm_run}/data --run {tmp_path} {SMALL} --epochs 1 --precision bf16"
-    run_script("train_erm.py", *flags.split())
-    half = content(tmp_path / "erm")[1][0]["loss"]
+def test_half_precision_is_near_full_precision(train, erm_run, tmp_path):
+    train("--epochs 1 --precision bf16")
+    half = content(tmp_path / "run/erm")[1][0]["loss"]
     full = content(erm_run / "run/erm")[1][0]["loss"]
     assert half != full
     assert half == pytest.approx(full, rel=0.05)
@@ -315,16 +311,21 @@ def test_odd_counts_and_labels_that_change(train, tmp_path):
     assert "the labels changed" in train("--batch-size 16 --epochs 2", code=2, data=tmp_path)
 
 
-def test_files_of_others_are_not_overwritten(train, tmp_path):
-    """A best.pt that this project did not write stays, and the folder is refused."""
+@pytest.mark.parametrize("name", ["best.pt", "args.json", "epoch_007.pt"])
+def test_files_of_others_are_not_overwritten(train, tmp_path, name):
+    """What has one of our names but was not written by this project stays, and is refused."""
     folder = tmp_path / "run/erm"
     folder.mkdir(parents=True)
-    (folder / "best.pt").write_text("mine")
+    (folder / name).write_text('{"lr": 1}')
     for more in ("", "--overwrite"):
-        assert f"{folder}/best.pt is not of this project" in train(more, code=2)
-    assert (folder / "best.pt").read_text() == "mine"
-    assert [path.name for path in folder.iterdir()] == ["best.pt"]
-    assert f"Not a directory: '{folder}/best.pt" in train(code=2, folder=folder / "best.pt")
+        assert f"{folder}/{name} is not of this project" in train(more, code=2)
+    assert (folder / name).read_text() == '{"lr": 1}'
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_file_in_the_place_of_the_folder(train, tmp_path):
+    (tmp_path / "taken").touch()
+    assert f"Not a directory: '{tmp_path}/taken" in train(code=2, folder=tmp_path / "taken")
 
 
 def test_the_built_in_set_is_drawn_when_it_is_not_there(tmp_path, monkeypatch, capsys):

@@ -5,8 +5,9 @@ impossible flags.
     python -m tests.torture --seconds 60        # a sample of each kind
 
 Every case runs a script as the command line does, in a fork of this process (torch is loaded once),
-on a small data set. A case holds if the script ends with exit code 0 and the results of a run that
-nothing happened to, or with exit code 2 and one line that names the file.
+on a small data set, in folders in which others have left files. A case holds if the script ends
+with exit code 0 and the results of a run that nothing happened to, or with exit code 2 and one line
+that names the file. A killed process says nothing, and its command continues.
 """
 
 import argparse
@@ -31,52 +32,65 @@ import common
 
 from .conftest import ROOT, write_celeba, write_waterbirds
 
-ERM = "train_erm.py --data base --run r --arch resnet10 --weights none --size 32 --epochs 2"
-ERM = f"{ERM} --batch-size 16 --workers 0 --device cpu --keep-epochs 1"
-FINETUNE = "finetune_contrastive.py --run r --criterion mixed --prune-fraction 0.001 --epochs 2"
-FINETUNE = f"{FINETUNE} --workers 0 --device cpu"
-LATER = [
-    "trace_neurons.py --run r --workers 0 --device cpu --repeats 1 --sigma 0.01 --controls 39",
-    "structured_trace.py --run r --workers 0 --device cpu",
-    "gradcam.py --run r --workers 0 --device cpu --masks base",
-]
-
-
-WEIGHTS = ERM.replace("--weights none", "--weights base/w.pth")
-FACES = ERM.replace("--data base", "--data faces")
-KICKED = f"{FINETUNE} --kick-in 1 --name kicked"
-COMPARE = "results/compare.py r"
-# Flags and the values that are tried for them; a run with those that are possible ends soon
+ERM = (
+    "train_erm.py --data base --run r --arch resnet10 --weights none --size 32 --epochs 2 "
+    "--batch-size 16 --workers 0 --device cpu --keep-epochs 1"
+)
+ANEW = f"{ERM} --overwrite"
+OLDER = f"{ERM} --seed 1 --keep-epochs 1 2".replace("--run r", "--run older")
+FINETUNE = (
+    "finetune_contrastive.py --run r --criterion mixed --prune-fraction 0.001 --epochs 2 "
+    "--workers 0 --device cpu"
+)
+TRACE = "trace_neurons.py --run r --workers 0 --device cpu --repeats 1 --sigma 0.01 --controls 39"
+STRUCTURED = "structured_trace.py --run r --workers 0 --device cpu"
+GRADCAM = "gradcam.py --run r --workers 0 --device cpu --masks base"
+STAGES = {  # command: (its folder, the folders that it needs, how often it is taken)
+    ERM: ("erm", (), 2),
+    ANEW: ("erm", (), 2),
+    FINETUNE: ("finetune", ("erm",), 4),
+    TRACE: ("trace", ("erm",), 1),
+    STRUCTURED: ("structured", ("erm",), 1),
+    GRADCAM: ("gradcam", ("erm", "finetune"), 1),
+}
 NUMBERS = ["-1", "0", "nan", "inf", "x", "-0.5", "1e400", "4294967296", "2"]
-FLAGS = {
-    "train_erm.py": "--epochs --batch-size --lr --size --seed --difficulty --keep-epochs --head",
+FLAGS = {  # of each script; with those numbers that are possible a run ends soon
+    "train_erm.py": "--epochs --batch-size --lr --size --seed --keep-epochs --weights --attributes",
     "trace_neurons.py": "--max-per-group --top-k --sigma --repeats --controls --seed --batch-size",
-    "structured_trace.py": "--max-per-group --k --seed --batch-size --unit",
+    "structured_trace.py": "--max-per-group --k --controls --seed --batch-size --unit",
     "finetune_contrastive.py": "--prune-fraction --temperature --lam --kick-in --lr --seed --views",
     "gradcam.py": "--n --target --layer --seed --batch-size --after",
 }
-FLAGS = {name: f"{flags} --device --precision --data".split() for name, flags in FLAGS.items()}
+LITTER = ("slurm-1234.out", "._best.pt", "best.pt.swp")  # what others leave in a run folder
+
+
+# ---- a script in a fork ----
 
 
 def start(folder, command, sabotage=None):
-    """Run a command in a fork; returns its process id. sabotage() is called in it first."""
+    """Run a command in a fork, in a group of processes of its own; returns its process id.
+    sabotage() is called in it first."""
     pid = os.fork()
     if pid:
         return pid
     os.setpgid(0, 0)
     os.chdir(folder)
-    anew = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # two processes may write
-    for number, name in ((1, "out"), (2, "err")):
+    for number, name in ((1, "out"), (2, "err")):  # in which two processes may write
+        anew = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         os.dup2(os.open(folder / name, anew), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    script, *sys.argv = command.split()[0], *command.split()
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w")
+    sys.argv = command.split()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what comes before a script's first line
     try:
         if sabotage:
             sabotage()
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
         code = 0
+    except KeyboardInterrupt:  # in front of the script's own first line
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:  # noqa: BLE001 - a traceback is what must not be
@@ -95,7 +109,7 @@ def finish(folder, pid, seconds=120):
         if found:
             return os.waitstatus_to_exitcode(status), (folder / "err").read_text()
         time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
+    os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None, (folder / "err").read_text()
 
@@ -104,10 +118,56 @@ def run(folder, command, sabotage=None):
     return finish(folder, start(folder, command, sabotage))
 
 
+def group_ends(pid, seconds=20):
+    """Whether all processes that a command started end, too."""
+    until = time.time() + seconds
+    while time.time() < until:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    os.killpg(pid, signal.SIGKILL)
+    return False
+
+
+def lines(err):
+    """What stderr holds besides warnings."""
+    return [line for line in err.splitlines() if line and not line.startswith("warning:")]
+
+
 def one_line(err, *words):
     """Whether stderr holds, besides warnings, one line with these words."""
-    lines = [line for line in err.splitlines() if line and not line.startswith("warning:")]
-    return len(lines) == 1 and all(word in lines[0] for word in words)
+    return len(lines(err)) == 1 and all(word in err for word in words)
+
+
+def at_step(n, what):
+    """A sabotage: when a file is flushed, renamed or deleted for the n-th time, the process is
+    killed; or, if `what` is 'full', when one is flushed for the n-th time, the disk is full."""
+
+    def sabotage():
+        count = 0
+
+        def counting(function):
+            def counted(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == n and what == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if count == n:
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return function(*args, **kwargs)
+
+            return counted
+
+        for name in ("fsync", "replace", "unlink") if what == "kill" else ("fsync",):
+            setattr(os, name, counting(getattr(os, name)))
+
+    return sabotage
+
+
+# ---- what a run comes to ----
 
 
 def plain(value):
@@ -122,101 +182,93 @@ def plain(value):
     return re.sub(r"\S*/base\b", "base", str(value))
 
 
-def content(folder, stage):
-    """What a run comes to: every file of a stage, but for seconds and the folder's name."""
+def content(folder):
+    """Every file of a stage but args.json and .lock, without seconds and the folder's name."""
     found = {}
-    for path in sorted((folder / "r" / stage).iterdir()):
+    for path in sorted(folder.iterdir()):
         data = path.read_bytes()
-        if path.suffix == ".pt":
-            found[path.name] = plain(torch.load(path, weights_only=True))
+        if path.suffix == ".pt" and path.name not in LITTER:
+            data = plain(torch.load(path, weights_only=True))
         elif path.suffix in (".json", ".jsonl"):
             rows = [data] if path.suffix == ".json" else data.splitlines()
-            found[path.name] = [plain(json.loads(row)) for row in rows]
-        else:
+            data = [plain(json.loads(row)) for row in rows]
+        if path.name not in ("args.json", ".lock"):
             found[path.name] = data
-    found.pop("args.json")
     return found
 
 
-def at_write(n, what):
-    """A sabotage: at the n-th time that a file is flushed to the disk, `what` happens."""
-
-    def sabotage():
-        count, fsync = [0], os.fsync
-
-        def counting(number):
-            count[0] += 1
-            if count[0] == n:
-                if what == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                os.ftruncate(number, os.fstat(number).st_size // 2)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(number)
-
-        os.fsync = counting
-
-    return sabotage
-
-
 class Bench:
-    """A folder with data and a finished run r of every stage, copied for every case."""
+    """A folder with data and a finished run r of every stage, copied for every case, and counts of
+    what was tried and what failed."""
 
     def __init__(self, folder, seed=0):
-        self.folder, self.random = folder, random.Random(seed)
+        self.folder = folder
+        self.random = random.Random(seed)
+        self.tried = Counter()
+        self.failed = Counter()
+        self.cases = []
+        self.seconds = {}
         self.whole = folder / "whole"
         self.whole.mkdir()
         write_waterbirds(self.whole / "base")
-        for mask in list((self.whole / "base").rglob("*.jpg")):
-            shutil.copy(mask, mask.with_suffix(".png"))
+        for image in list((self.whole / "base").rglob("*.jpg")):
+            shutil.copy(image, image.with_suffix(".png"))  # masks
         write_celeba(self.whole / "faces")
         weights = common.build_model("resnet10", 2, 32).state_dict()
-        torch.save(weights, self.whole / "base" / "w.pth")
-        self.seconds = {}
-        for command in (ERM, FINETUNE, *LATER):
+        torch.save(weights, self.whole / "base/w.pth")
+        for command in (OLDER, *STAGES):
             began = time.time()
             code, err = run(self.whole, command)
             assert code == 0, err
             self.seconds[command] = time.time() - began
-        self.tried, self.failed, self.cases = Counter(), Counter(), []
 
-    def copy(self, *stages):
-        """A fresh folder with the data and these stages of the run."""
+    def copy(self, command=None, stages=()):
+        """A fresh folder with the data, the stages of the run that a command needs, and litter in
+        its folder. With ANEW there is an older run, of other settings."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         for data in ("base", "faces"):
             shutil.copytree(self.whole / data, folder / data)
+        if command:
+            stage, stages, _ = STAGES[command]
+            (folder / "r" / stage).mkdir(parents=True)
+            for name in LITTER:
+                (folder / "r" / stage / name).write_text("mine")
+        if command == ANEW:
+            shutil.copytree(self.whole / "older/erm", folder / "r/erm", dirs_exist_ok=True)
         for stage in stages:
             shutil.copytree(self.whole / "r" / stage, folder / "r" / stage)
         return folder
 
-    def note(self, kind, held, case):
+    def any_command(self):
+        often = [how_often for _, _, how_often in STAGES.values()]
+        return self.random.choices(list(STAGES), often)[0]
+
+    def same(self, folder, command):
+        """Whether a stage came to what it does without an accident, with nothing left over and
+        nothing of others touched."""
+        stage = STAGES[command][0]
+        litter = dict.fromkeys(LITTER, b"mine")
+        return content(folder / "r" / stage) == {**content(self.whole / "r" / stage), **litter}
+
+    def note(self, kind, held, case, folder):
         self.tried[kind] += 1
         self.failed[kind] += not held
         if not held:
             self.cases.append(f"{kind}: {case}")
+        shutil.rmtree(folder)
 
-    def same(self, folder, stage):
-        """Whether a stage came to what it does without an accident, with nothing left over."""
-        left = [path for path in (folder / "r").rglob(".*")]
-        return not left and content(folder, stage) == content(self.whole, stage)
 
-    def any_stage(self):
-        """(command, stage, stages it needs), a training stage in two of three cases."""
-        if self.random.random() < 0.65:
-            both = [(ERM, "erm", ()), (FINETUNE, "finetune", ("erm",))]
-            return self.random.choice(both)
-        command = self.random.choice(LATER)
-        stage = {"t": "trace", "s": "structured", "g": "gradcam"}[command[0]]
-        return command, stage, ("erm", "finetune")
+# ---- what is tried ----
 
 
 def killed(bench):
-    """SIGKILL at a write or at a random moment; the same command again."""
-    command, stage, needs = bench.any_stage()
-    folder = bench.copy(*needs)
-    if bench.random.random() < 0.5:
-        n = bench.random.randint(1, 14)
-        case = f"{command}, killed at write {n}"
-        run(folder, command, at_write(n, "kill"))
+    """SIGKILL at a step of what is written, or at a random moment; the same command again."""
+    command = bench.any_command()
+    folder = bench.copy(command)
+    if bench.random.random() < 0.7:
+        n = bench.random.randint(1, 40)
+        case = f"{command}, killed at step {n}"
+        run(folder, command, at_step(n, "kill"))
     else:
         after = bench.random.random() * bench.seconds[command]
         case = f"{command}, killed after {after:.2f} s"
@@ -225,56 +277,74 @@ def killed(bench):
         os.kill(pid, signal.SIGKILL)
         finish(folder, pid)
     code, err = run(folder, command)
-    bench.note("killed", code == 0 and bench.same(folder, stage), f"{case}: {code} {err[-300:]}")
-    shutil.rmtree(folder)
+    held = code == 0 and bench.same(folder, command)
+    bench.note("kills", held, f"{case}: {code} {err[-300:]}", folder)
 
 
 def signalled(bench):
-    """SIGTERM, SIGHUP or SIGINT; one line and the right code, then the same command again."""
-    command, stage, needs = bench.any_stage()
-    folder, number = bench.copy(*needs), bench.random.choice(common.STOP_SIGNALS)
-    pid = start(folder, command)
+    """SIGTERM, SIGHUP or SIGINT, also while workers start: it dies of the signal, with one line at
+    Ctrl-C and silently else, no process stays, and the same command continues."""
+    command = bench.any_command()
+    number = bench.random.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+    folder = bench.copy(command)
+    workers = bench.random.choice(["--workers 0", "--workers 2"])
+    case = command.replace("--workers 0", workers)
+    pid = start(folder, case)
     time.sleep(bench.random.random() * bench.seconds[command])
-    os.kill(pid, number)
+    send = bench.random.choice([os.kill, os.killpg])  # a terminal sends it to the whole group
+    send(pid, number)
     code, err = finish(folder, pid)
-    before = not err and code in (128 + number, -number)  # while torch was loading
-    held = code == 0 or (code == 128 + number and one_line(err, "the same command")) or before
+    said = number == signal.SIGINT and one_line(err, "stopped; the same command continues")
+    held = code == 0 or (code == -number and (said or not lines(err)))
+    held = held and group_ends(pid)
     again, more = run(folder, command)
-    held = held and again == 0 and bench.same(folder, stage)
-    bench.note("signals", held, f"{command}, {number.name}: {code} {err[-300:]} {again} {more}")
-    shutil.rmtree(folder)
+    held = held and again == 0 and bench.same(folder, command)
+    bench.note(
+        "signals", held, f"{case}, {number.name}: {code} {err[-300:]} {again} {more[-300:]}", folder
+    )
 
 
 def full(bench):
-    """No room at a write; one line naming the file, the old stands, later the command goes on."""
-    command, stage, needs = bench.any_stage()
-    folder, n = bench.copy(*needs), bench.random.randint(1, 14)
-    code, err = run(folder, command, at_write(n, "full"))
-    held = code == 0 or (code == 2 and one_line(err, "No space left"))
-    held = held and not [path for path in (folder / "r").rglob(".*")]
+    """No room at a write; one line, nothing half-written, and later the command goes on."""
+    command = bench.any_command()
+    folder = bench.copy(command)
+    n = bench.random.randint(1, 12)
+    code, err = run(folder, command, at_step(n, "full"))
+    held = code == 0 or (code == 2 and one_line(err, "r/", "No space left"))
+    held = held and not list((folder / "r").rglob("*.new"))
     again, more = run(folder, command)
-    held = held and again == 0 and bench.same(folder, stage)
-    bench.note("full disks", held, f"{command}, write {n}: {code} {err[-300:]} {again} {more}")
-    shutil.rmtree(folder)
+    held = held and again == 0 and bench.same(folder, command)
+    bench.note(
+        "full disks", held, f"{command}, write {n}: {code} {err[-300:]} {again} {more}", folder
+    )
 
 
 def two(bench):
-    """A second process on the same folder is told who is there; after a crash nothing is held."""
-    command, stage, needs = bench.any_stage()
-    folder = bench.copy(*needs)
-    pid = start(folder, command, lambda: setattr(common, "build_model", lambda *_: time.sleep(60)))
-    lock = folder / "r" / f".{stage}.lock"
-    while not lock.exists() or not lock.read_text():
+    """A second process in the same folder is refused; after a crash nothing is held."""
+    command = bench.any_command()
+    folder = bench.copy(command)
+
+    def hold():
+        open_folder = common.open_folder
+
+        def held(*args, **kwargs):
+            open_folder(*args, **kwargs)
+            Path("held").touch()
+            time.sleep(100)
+
+        common.open_folder = held
+
+    pid = start(folder, command, hold)
+    until = time.time() + 60
+    while not (folder / "held").exists() and time.time() < until:
         time.sleep(0.01)
-    second = start(folder, command)
-    code, err = finish(folder, second)
-    held = code == 2 and one_line(err, str(pid))
+    code, err = run(folder, command)
+    held = code == 2 and one_line(err, "is in use by another process")
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     again, more = run(folder, command)
-    held = held and again == 0 and bench.same(folder, stage)
-    bench.note("two processes", held, f"{command}: {code} {err[-300:]} {again} {more}")
-    shutil.rmtree(folder)
+    held = held and again == 0 and bench.same(folder, command)
+    bench.note("two processes", held, f"{command}: {code} {err[-300:]} {again} {more}", folder)
 
 
 def damage(path, rng):
@@ -306,61 +376,66 @@ def damaged(bench):
     """A file that a script reads is spoilt: the same result (or that of the file as it now is), or
     one line that names the file."""
     image = sorted((bench.whole / "base").rglob("*.jpg"))[3].relative_to(bench.whole)
-    cases = [(ERM, (), "base/metadata.csv"), (ERM, (), str(image))]
-    for name in ("args.json", "last.pt", "results.json", "log.jsonl"):
-        cases += [
-            (ERM, ("erm",), f"r/erm/{name}"),
-            (FINETUNE, ("erm", "finetune"), f"r/finetune/{name}"),
-        ]
-    cases += [(FINETUNE, ("erm", "finetune"), "r/finetune/pruned.csv")]
-    cases += [(KICKED, ("erm",), "r/erm/epoch_001.pt")]
-    cases += [(LATER[2], ("erm", "finetune"), "r/finetune/best.pt")]
-    for command in (*LATER, FINETUNE):
-        cases.append((command, ("erm", "finetune"), "r/erm/best.pt"))
-    cases += [(LATER[2], ("erm", "finetune"), str(image.with_suffix(".png")))]
-    cases += [(WEIGHTS, (), "base/w.pth"), (FACES, (), "faces/list_attr_celeba.txt")]
-    cases += [(FACES, (), "faces/list_eval_partition.txt")]
+    weights = ERM.replace("--weights none", "--weights base/w.pth")
+    faces = ERM.replace("--data base", "--data faces")
+    both = ("erm", "finetune")
+    cases = [
+        (ERM, (), "base/metadata.csv"),
+        (ERM, (), str(image)),
+        (weights, (), "base/w.pth"),
+        (faces, (), "faces/list_attr_celeba.txt"),
+        (faces, (), "faces/list_eval_partition.txt"),
+        (f"{FINETUNE} --kick-in 1 --name kicked", ("erm",), "r/erm/epoch_001.pt"),
+        (GRADCAM, both, "r/finetune/best.pt"),
+        (GRADCAM, both, str(image.with_suffix(".png"))),
+    ]
+    for command in (FINETUNE, TRACE, STRUCTURED, GRADCAM):
+        cases.append((command, both, "r/erm/best.pt"))
+    for name in ("args.json", "last.pt", "results.json", "log.jsonl", "best.pt"):
+        cases.append((ERM, ("erm",), f"r/erm/{name}"))
+        cases.append((FINETUNE, both, f"r/finetune/{name}"))
     for name in ("results.json", "args.json"):
-        cases += [(COMPARE, ("erm", "finetune"), f"r/finetune/{name}")]
-    command, needs, name = bench.random.choice(cases)
-    folder = bench.copy(*needs)
+        cases.append(("results/compare.py r", both, f"r/finetune/{name}"))
+    command, stages, name = bench.random.choice(cases)
+    folder = bench.copy(stages=stages)
     how = damage(folder / name, bench.random)
     code, err = run(folder, command)
-    known = name.partition("/")[0] if name[0] in "bf" else Path(name).name
+    known = Path(name).name if name.startswith("r/") else name.partition("/")[0]
     held = code == 0 or (code == 2 and one_line(err, known))
-    bench.note("damaged files", held, f"{command}, {name} {how}: {code} {err[-500:]}")
-    shutil.rmtree(folder)
+    bench.note("damaged files", held, f"{command}, {name} {how}: {code} {err[-500:]}", folder)
 
 
 def flagged(bench):
     """A flag with a value that may be impossible: a whole run or one line."""
-    command = bench.random.choice([ERM, FINETUNE, *LATER])
-    flag = bench.random.choice(FLAGS[command.split()[0]])
-    anew = " --overwrite" if command in (ERM, FINETUNE) else ""
+    command = bench.random.choice([ERM, FINETUNE, TRACE, STRUCTURED, GRADCAM])
+    flags = f"{FLAGS[command.split()[0]]} --device --precision --workers --data"
+    flag = bench.random.choice(flags.split())
     number = bench.random.choice(NUMBERS)
-    if flag in ("--epochs", "--repeats") and number == "4294967296":
+    if flag in ("--epochs", "--repeats", "--controls") and number == "4294967296":
         number = "2"  # possible, but such a run would not end
+    anew = " --overwrite" if command in (ERM, FINETUNE) else ""
     case = f"{command}{anew} {flag} {number}"
-    folder = bench.copy("erm", "finetune")
+    folder = bench.copy(stages=("erm", "finetune"))
     code, err = run(folder, case)
     held = code == 0 or (code == 2 and one_line(err, "error: "))
-    bench.note("flags", held, f"{case}: {code} {err[-500:]}")
-    shutil.rmtree(folder)
+    bench.note("flags", held, f"{case}: {code} {err[-500:]}", folder)
 
 
 def bereft(bench):
-    """A worker of the data loader is killed: one line."""
-    folder, command = bench.copy(), ERM.replace("--workers 0", "--workers 2")
+    """A worker of the data loader is killed: one line, and the same command continues."""
+    folder = bench.copy(ERM)
+    command = ERM.replace("--workers 0", "--workers 2")
     pid = start(folder, command.replace("--epochs 2", "--epochs 90"))
-    workers, children = [], Path(f"/proc/{pid}/task/{pid}/children")
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    workers = []
     while len(workers) < 2 and children.exists():  # one alone may be git
         workers = children.read_text().split()
         time.sleep(0.02)
     time.sleep(2 * bench.random.random())
     os.kill(int(bench.random.choice(workers)), signal.SIGKILL)
     code, err = finish(folder, pid)
-    bench.note("workers", code == 2 and one_line(err, "DataLoader worker"), f"{code} {err[-500:]}")
-    shutil.rmtree(folder)
+    held = code == 2 and one_line(err, "DataLoader worker")
+    bench.note("workers", held, f"{code} {err[-500:]}", folder)
 
 
 KINDS = (killed, signalled, full, two, damaged, flagged, bereft)
@@ -368,7 +443,8 @@ KINDS = (killed, signalled, full, two, damaged, flagged, bereft)
 
 def torture(folder, seconds, seed=0):
     """Try all kinds in turn for so many seconds; returns the Bench with what was found."""
-    bench, until = Bench(folder, seed), time.time() + seconds
+    bench = Bench(folder, seed)
+    until = time.time() + seconds
     while time.time() < until:
         for kind in KINDS:
             kind(bench)
@@ -376,8 +452,11 @@ def torture(folder, seconds, seed=0):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     p.add_argument("--seconds", type=float, default=1200, help="how long to try (1200)")
     p.add_argument("--seed", type=int, default=0, help="of the cases (0)")
     args = p.parse_args()

@@ -250,10 +250,11 @@ def as_grid(model, values, channels_last):
     if values.dim() == 4:
         return values.permute(0, 3, 1, 2) if channels_last else values
     if values.dim() == 3:
-        patches = values[:, getattr(model, "num_prefix_tokens", 0) :]
-        side = math.isqrt(patches.shape[1])
-        if side > 0 and side**2 == patches.shape[1]:
-            return patches.transpose(1, 2).unflatten(2, (side, side))
+        for prefix in (getattr(model, "num_prefix_tokens", 0), 0):  # XCiT's blocks give none
+            patches = values[:, prefix:]
+            side = math.isqrt(patches.shape[1])
+            if side > 0 and side**2 == patches.shape[1]:
+                return patches.transpose(1, 2).unflatten(2, (side, side))
     raise ValueError(f"gives {tuple(values.shape[1:])} for an image, which is no map")
 
 

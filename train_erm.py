@@ -146,7 +146,12 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
     log = []
     best = {"epoch": 0, "score": -1.0}
-    erm = {"id": None, "settings": common.settings(args)}
+    settings = {
+        **common.settings(args),
+        "weights": inputs["weights"],
+        "attributes": args.attributes,
+    }
+    erm = {"id": None, "settings": settings}
     if last:
         with common.reading(folder / "last.pt", "use --overwrite"):
             model.load_state_dict(last["model"])

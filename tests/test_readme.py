@@ -169,7 +169,7 @@ def test_a_loss_term_as_the_page_has_it():
     line = "    return terms\n"
     assert source.count(line) == 1
     more = source.replace(line, f'    terms["size"] = logits.square().mean()\n{line}')
-    names = {"__name__": "changed"}
+    names = {"__name__": "changed", "__file__": str(ROOT / "changed.py")}
     exec(compile(more, "changed", "exec"), names)  # noqa: S102
     args = finetune_contrastive.parse_args(["--method", "supervised"])
     logits = torch.tensor([[3.0, 4.0]])

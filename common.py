@@ -1327,6 +1327,7 @@ def settings(args):
 
 
 def print_settings(args):
+    """All arguments on one line, as they were given or filled in."""
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
 
 
@@ -1450,7 +1451,8 @@ def check_own(folder, names):
     """Raises BadInput if a folder holds files of these names (patterns) that this project did not
     write. What else lies there is left alone."""
     found = [path for name in names for path in sorted(folder.glob(name))]
-    if found and ("stage" not in read_json(folder / "args.json")):
+    args = folder / "args.json"
+    if found and not (args.exists() and "stage" in read_json(args)):
         raise BadInput(
             f"{found[0]} is not of this project; move it away, or choose another --run or --name"
         )
@@ -1552,7 +1554,8 @@ def begin(folder, args, names, last, **inputs):
     if last is None:
         for name in ("last.pt", *names):
             for path in folder.glob(name):
-                path.unlink()
+                if name != "args.json":  # which says until the end that the files are ours
+                    path.unlink()
     write(folder, {"args.json": run_record(folder.name, args, **inputs)})
 
 

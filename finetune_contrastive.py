@@ -154,7 +154,8 @@ def parse_args(argv=None):
         help="start anew where RUN/NAME holds a finished run, or one of other settings",
     )
     args = p.parse_args(argv)
-    if Path(args.name).name != args.name or args.name in ("erm", "trace", "structured", "gradcam"):
+    taken = args.name in ("erm", "trace", "structured", "gradcam")
+    if taken or Path(args.name).name != args.name or args.name[:1] in ("", "."):
         p.error(f"--name {args.name!r}: expected the name of a folder that no other stage uses")
     return args
 

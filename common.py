@@ -877,7 +877,10 @@ def plot_epochs(log, selected):
 # 4. Neurons and masks
 # ------------------------------------------------------------------------------------------------
 
-# This section needs contextlib, torch and numpy (np) alone: take all of it, or single functions.
+# This section needs contextlib, torch and numpy (np) alone. Take all of it, or single functions:
+# prunable_weights needs head_names, mean_gradient needs evaluating, score_neurons needs CRITERIA
+# and needs_gradient, top_neurons needs locate, and count_right needs evaluating, full_passes and
+# modified.
 #
 # A neuron is a pair (parameter name, index), such as ("layer4.2.conv3.weight", 12). With the unit
 # "channel" it is weight[12], an output filter of a convolution or an output row of a linear layer
@@ -987,11 +990,12 @@ def needs_gradient(criterion):
 
 def score_neurons(weights, gradients, criterion, unit="channel"):
     """Score of every neuron, {parameter name: (n,)}: the l2 norm of what CRITERIA[criterion] makes
-    of its weight and its gradient. gradients: {parameter name: tensor}; without one, {}, only
-    criteria that need none."""
+    of its weight and its gradient. gradients: what mean_gradient gives, or {} for criteria that
+    need none."""
     scores = {}
     for name, weight in weights.items():
-        value = CRITERIA[criterion](weight.detach(), gradients.get(name))
+        gradient = gradients[name] if needs_gradient(criterion) else None
+        value = CRITERIA[criterion](weight.detach(), gradient)
         if unit == "channel":
             scores[name] = value.flatten(1).norm(dim=1)
         else:
@@ -1053,8 +1057,9 @@ def worst_images(logits, y, index, generator, highest=256, draw=128):
 def modified(weights, neurons, how="zero", sigma=0.0, seed=0, unit="channel"):
     """Inside the `with`, neurons are zero, epsilon (random-init) or their weights + epsilon
     (random-noise), epsilon ~ N(0, sigma^2) drawn on the CPU in the order of `neurons`; after it the
-    weights are what they were, bit for bit, whatever happened. Raises ValueError for another `how`,
-    or noise of 0."""
+    weights are what they were, bit for bit, whatever happened. For evaluation alone: what is
+    computed inside has no gradient afterwards, and in training mode BatchNorm's statistics would
+    move. Raises ValueError for another `how`, or noise of 0."""
     if how not in ("zero", "random-init", "random-noise") or (how != "zero" and not sigma > 0):
         raise ValueError(f"{how} with sigma {sigma}: expected zero, or noise with sigma > 0")
     generator = torch.Generator().manual_seed(seed)
@@ -1086,9 +1091,6 @@ def full_passes(model, x, variants, weights, unit="channel"):
     return model(x.clone()), found
 
 
-COUNTS = ("n", "correct_before", "correct_after", "to_wrong", "to_right")
-
-
 def count_right(model, batches, variants, weights, unit="channel", passes=full_passes):
     """How many images the model gets right as it is and under each variant (see full_passes), over
     batches (x, y, g, ...): for every variant {group: {n, correct_before, correct_after, and of the
@@ -1097,16 +1099,24 @@ def count_right(model, batches, variants, weights, unit="channel", passes=full_p
     with evaluating(model), torch.inference_mode():
         for x, y, g, *_ in batches:
             logits, found = passes(model, x, variants, weights, unit)
-            after = torch.stack([logits, *found]).argmax(2) == y  # (1 + V, B)
-            before = after[:1].expand_as(after)
+            right = torch.stack([logits, *found]).argmax(2) == y  # (1 + V, B)
+            right_after = right[1:]
+            right_before = right[:1].expand_as(right_after)
             for group in g.unique().tolist():
-                images = [before | ~before, before, after, before & ~after, ~before & after]
-                # One number for each image and variant, and one wait for a GPU for all of them
-                numbers = torch.stack(images)[:, 1:, g == group].sum(2).T.tolist()
-                for count, row in zip(counts, numbers, strict=True):
-                    total = count.setdefault(group, dict.fromkeys(COUNTS, 0))
-                    for key, number in zip(COUNTS, row, strict=True):
-                        total[key] += number
+                member = g == group
+                of_images = {
+                    "n": member.expand_as(right_after),
+                    "correct_before": right_before & member,
+                    "correct_after": right_after & member,
+                    "to_wrong": right_before & ~right_after & member,
+                    "to_right": ~right_before & right_after & member,
+                }
+                # All sums at once, (V, 5), as each question to a GPU takes a wait
+                sums = torch.stack(list(of_images.values()), 1).sum(2).tolist()
+                for count, row in zip(counts, sums, strict=True):
+                    total = count.setdefault(group, dict.fromkeys(of_images, 0))
+                    for key, n in zip(of_images, row, strict=True):
+                        total[key] += n
     return counts
 
 
@@ -1465,7 +1475,7 @@ def open_folder(folder, names):
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is not None:
         # Never closed and never written to. Unlike flock, lockf is not inherited by workers
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -1502,21 +1512,14 @@ def run_record(stage, args, **inputs):
     }
 
 
-def earlier_run(folder, args, defaults, names, test_labels, **inputs):
-    """What an earlier run left in the folder of a training stage, (last, results): results, what
-    results.json holds, if it is finished and nothing is to be done; last, what last.pt holds, if it
-    goes on from there; (None, None) if it starts. Reads only. defaults: the arguments' own, which
-    count where an older run did not know them; names: of the stage's files; test_labels: without a
-    change of these results.json holds; inputs: fingerprints, None where one cannot be told. Raises
-    BadInput if settings or inputs are not those of that run."""
-    check_own(folder, names)
-    ended = (folder / "results.json").exists()
-    if not ended and not (folder / "last.pt").exists():
-        return None, None
+def changed_settings(folder, args, defaults, inputs):
+    """In which settings and inputs a command differs from the run in a folder, a list of words. A
+    setting that the run did not know counts as its default (`defaults`, as parse_args([]) has it);
+    an input, a fingerprint, that is None or that the run did not know counts as unchanged."""
     before = read_json(folder / "args.json")
+    changed = []
     with reading(folder / "args.json", "use --overwrite or another --run"):
         known = {**plain(defaults), **before["args"]}
-        changed = []
         for key, value in settings(args).items():
             left_out = key not in before["args"] and known[key] is None
             longer = key == "epochs" and value > known[key]
@@ -1525,12 +1528,26 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
         for key, value in inputs.items():
             if value is not None and value != before["inputs"].get(key, value):
                 changed.append(f"the {key} changed")
+    return changed
+
+
+def earlier_run(folder, args, defaults, names, test_labels, **inputs):
+    """Where an earlier run left a training stage: (None, None) if it starts now, (last, None) with
+    the content of last.pt if it goes on from there, (None, results) with that of results.json if it
+    is finished. It only reads. names: the files of the stage; test_labels: their fingerprint, as
+    results.json holds for these test images alone; defaults, inputs: see changed_settings. Raises
+    BadInput if the folder holds a run of other settings or inputs."""
+    check_own(folder, names)
+    ended = (folder / "results.json").exists()
+    if not ended and not (folder / "last.pt").exists():
+        return None, None
+    changed = changed_settings(folder, args, defaults, inputs)
     finished = False
     if ended:
         results = read_json(folder / "results.json")
+        figures = [folder / name for name in names if name.endswith(".png")]
         with reading(folder / "results.json", "use --overwrite or another --run"):
             same_test = results.get("test_labels", test_labels) == test_labels
-            figures = [folder / name for name in names if name.endswith(".png")]
             finished = same_test and results["epochs"] >= args.epochs
             finished = finished and all(path.exists() for path in figures)
     if args.overwrite and (changed or finished):

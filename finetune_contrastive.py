@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 from common import BadInput
 
@@ -70,8 +70,9 @@ def parse_args(argv=None):
         "--criterion",
         choices=[*common.CRITERIA, "mixed", "random", "none"],
         default="magnitude",
-        help="which neurons are masked: of largest magnitude or gradient; mixed: both sets (code: "
-        "the gradient's only); random ones and none are controls (magnitude)",
+        help="which neurons are masked: those of largest score by this criterion; mixed: those of "
+        "magnitude and those of gradient (code: the gradient's only); random ones and none are "
+        "controls (magnitude)",
     )
     g.add_argument(
         "--prune-fraction",
@@ -408,14 +409,17 @@ def main(args):
 
 
 def starting_point(args):
-    """--checkpoint, RUN/erm/epoch_N.pt or, where ERM did not keep it, best.pt."""
+    """--checkpoint, RUN/erm/epoch_N.pt or, where ERM did not keep it, best.pt. Raises BadInput."""
     folder = args.run / "erm"
     if args.checkpoint:
         return args.checkpoint
     if args.kick_in:
         return folder / f"epoch_{args.kick_in:03d}.pt"
-    with common.reading(folder / "args.json", "run train_erm.py first, or give --checkpoint"):
-        kick_in = common.read_json(folder / "args.json")["args"]["epochs"] * 2 // 5
+    if not (folder / "args.json").exists():
+        raise BadInput(f"{folder} holds no run; run train_erm.py first, or give --checkpoint")
+    with common.reading(folder / "args.json", "give --kick-in or --checkpoint"):
+        epochs = common.read_json(folder / "args.json")["args"]["epochs"]
+        kick_in = max(1, epochs * 2 // 5)
     path = folder / f"epoch_{kick_in:03d}.pt"
     if path.exists():
         return path

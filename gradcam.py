@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 from common import BadInput, short
 
@@ -94,7 +94,7 @@ def main(args):
     before, *after = models
     classes = checkpoint["classes"]
     beside = Path(table.source).parent / "masks"
-    if args.masks is None and beside.is_dir():
+    if args.masks is None and Path(table.source).is_file() and beside.is_dir():
         args.masks = beside
     common.print_settings(args)
     explained = check_target(args.target, classes)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 
 FILES = ("args.json", "layers.csv", "results.json", "fig07_layers.png")
@@ -159,7 +159,7 @@ def summarize_layers(heat, layers, groups):
                 "group": group["group"],
                 "mean": float(values.mean()),
                 "largest": float(values[at]),
-                "layer": layers[at],
+                "layer": layers[at] if values[at] else "-",
             }
         )
         if group["minority"]:

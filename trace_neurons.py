@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 from common import BadInput, short
 
@@ -114,7 +114,7 @@ def main(args):
     def batches(name, parts):
         return common.Batches(splits[name], args.device, args.batch_size, args.workers, parts=parts)
 
-    # Gradients: of each group, from training images alone, and of all groups together
+    # Gradients of the traced training images: of each group, and of all of them together
     gradients = {}
     for j, members in enumerate(index["train"]):
         if args.gradient_samples == "worst":
@@ -142,7 +142,7 @@ def main(args):
     passes = common.OnePass()
     for name in splits:
         planned = plan(args, ranked, name, groups)
-        if name == "train":
+        if name == "train" and minority:
             planned += random_sets(args, ranked, counts, minority)
         for group, members in enumerate(index[name]):
             asked = [row for row in planned if group in row["groups"]]
@@ -192,9 +192,12 @@ def main(args):
     print_changes(results["changes"], groups)
     if control:
         title = (
-            f"Do the top {FEW_NEURONS} cost minorities more than random ones (zeroed, training)?"
+            f"Do the top {FEW_NEURONS} cost minorities more training accuracy than random ones? In "
+            "points; 95 % of random sets lie between low and high"
         )
         common.print_rows(title, control)
+    else:
+        print("\nno control: it takes a minority group, --controls and --top-k 3")
 
     shown = f"top {listed} of {total} neurons ({100 * listed / total:.2g} %)"
     first = args.sigma[:1]
@@ -306,11 +309,12 @@ def mean_changes(rows, groups):
         if row["modification"] == "zero" and row["selected_by"] != "all":
             lines.setdefault((*key, row["selected_by"]), []).append(row)
     found = []
-    for (criterion, modification, sigma, k, split, by), of_line in lines.items():
+    for key in sorted(lines, key=lambda key: key[-1] != "own"):  # these first, else as they come
+        criterion, modification, sigma, k, split, by = key
         points = {}
         images = {}
         for group in groups:
-            of_group = pick(of_line, group=group["group"])
+            of_group = pick(lines[key], group=group["group"])
             gained = [row["correct_after"] - row["correct_before"] for row in of_group]
             if of_group:
                 points[group["group"]] = float(np.mean([change(row) for row in of_group]))
@@ -402,7 +406,7 @@ def percentile(neurons, scores):
 def neuron_table(ranked, scores):
     """Rows of neurons.csv: the critical neurons of each set, and where they stand among all neurons
     of the network by every criterion; by the gradient of the set's own group or, for a set of all
-    groups, of all images together."""
+    groups, of all traced training images together."""
     rows = []
     for (criterion, by), neurons in ranked.items():
         places = {}
@@ -519,7 +523,7 @@ def plot_changes(rows, groups, args, how, sigmas):
         "random-noise": "Random noise added to the top neurons",
     }[how]
     if how != "zero":
-        what += f" (* minority; mean and standard deviation of {args.repeats} draws)"
+        what += f" (* minority; mean and standard deviation, draws: {args.repeats})"
     fig.suptitle(what, fontsize=11)
     return fig
 

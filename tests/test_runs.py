@@ -468,8 +468,9 @@ def test_a_network_of_another_training_is_said(train, copy, capsys):
     ids=lambda s: s.__name__,
 )
 def test_an_unfinished_network_is_refused(copy, capsys, stage):
-    """By every stage alike."""
+    """By every stage alike; stage 4 takes best.pt where there is no checkpoint of 40 %."""
     (copy / "erm/results.json").unlink()
+    (copy / "erm/epoch_001.pt").unlink()
     words = "erm is unfinished, so its best.pt may still change"
     assert words in as_script(stage, f"--run {copy} {LATER}", capsys, code=2)
     assert [path.name for path in copy.iterdir()] == ["erm"]
@@ -509,7 +510,24 @@ def test_a_figure_that_fails(train, erm_run, copy, capsys, monkeypatch):
     assert content(copy / "erm") == content(erm_run / "run/erm")
 
 
-# ---- where it is started from ----
+# ---- where it is started from, and how it ends ----
+
+
+def test_ctrl_c_says_so_in_one_line(erm_run, tmp_path, monkeypatch):
+    """And the process dies of the signal, so that a loop in a shell ends with it."""
+    monkeypatch.setattr(common, "check_finite", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupted():
+        os.dup2(os.open(tmp_path / "err", os.O_WRONLY | os.O_CREAT), 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        flags = f"--data {erm_run}/data --run {tmp_path}/run {SMALL}"
+        with common.script():
+            train_erm.main(train_erm.parse_args(flags.split()))
+
+    assert exit_code(in_fork(interrupted)) == -signal.SIGINT
+    (line,) = (tmp_path / "err").read_text().strip().splitlines()
+    assert line.endswith(": stopped; the same command continues")
+    assert {path.name for path in (tmp_path / "run/erm").iterdir()} == {"args.json", ".lock"}
 
 
 @pytest.fixture

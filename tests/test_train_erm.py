@@ -24,6 +24,7 @@ WRITTEN = {
     "log.jsonl",
     "best.pt",
     "last.pt",
+    "epoch_001.pt",  # 40 % of 4, which is always kept
     "epoch_002.pt",
     "epoch_003.pt",
     "results.json",

@@ -497,7 +497,6 @@ class Batches:
             batch_sampler=order,
             num_workers=workers,
             persistent_workers=workers > 0,  # new ones would take seconds an epoch
-            timeout=600 if workers else 0,  # for what a worker cannot report
             pin_memory=self.device.type == "cuda",
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # its own: else it would draw from dropout's
@@ -508,16 +507,15 @@ class Batches:
 
     def __iter__(self):
         try:
-            batches = iter(self.loader)
-        except OSError as error:
+            for x, *labels in self.loader:
+                # Bytes travel to the device, as numbers would take four times as long
+                x = normalise(self.to_device(x), self.mean, self.std)
+                yield x, *(self.to_device(tensor) for tensor in labels)
+        except (OSError, EOFError) as error:  # BadInput says what is wrong with an image
             raise BadInput(
-                f"--workers {self.workers}: worker processes cannot be started "
-                f"({error.strerror}); try --workers 0"
+                f"--workers {self.workers}: a worker process cannot be started, or has ended "
+                f"({error}); try --workers 0"
             ) from error
-        for x, *labels in batches:
-            # Bytes travel to the device, as numbers would take four times as long
-            x = normalise(self.to_device(x), self.mean, self.std)
-            yield x, *(self.to_device(tensor) for tensor in labels)
 
     def to_device(self, tensor):
         # On CUDA without waiting; other devices might copy what is overwritten meanwhile
@@ -1382,7 +1380,7 @@ def check_finite(loss, epoch, model, advice):
 
 def read_json(path):
     """What a JSON file of a run folder holds, a dict. Raises BadInput."""
-    with reading(path, "it should be JSON that this project wrote; run its stage again"):
+    with reading(path, "it should be JSON that this project wrote; move its folder away"):
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
             raise TypeError("not a dict")
@@ -1567,6 +1565,8 @@ def begin(folder, args, names, last, **inputs):
     """Open the folder of a training stage that starts (last is None) or goes on: nothing of an
     older run is left that is not of this one, and args.json says what it is."""
     open_folder(folder, names)
+    if last is None and not args.overwrite and (folder / "last.pt").exists():
+        raise BadInput(f"{folder} was filled by another process meanwhile; run the command again")
     (folder / "results.json").unlink(missing_ok=True)  # first, as it says that all is whole
     if last is None:
         for name in ("last.pt", *names):
@@ -1631,6 +1631,5 @@ def in_one_line(error):
 # Where torch says that the machine has too little of something, or cannot do what a flag asks for
 LIMITS = (
     r"out of memory|can't allocate|bad_alloc|can't start new thread|shared memory|ancdata|"
-    r"Too many open files|could not create a primitive|deterministic|"
-    r"DataLoader worker \(pid|DataLoader timed out"
+    r"Too many open files|could not create a primitive|deterministic|DataLoader worker \(pid"
 )

@@ -548,9 +548,15 @@ def accuracies(shown, *_):
 
 def differences(shown, found, _):
     tuned = of_stage(shown, "finetune")
+    best = {}  # of ERM, by data and run folder: what the paper compares with
+    for run in of_stage(found, "erm"):
+        best[data_of(run), run["run"]] = worst(run)
     for run in tuned:
         yield data_of(run), run["name"], "worst group", worst(run)
         yield data_of(run), run["name"], "minus before", worst(run) - worst(run, "before")
+        if (data_of(run), run["run"]) in best:
+            more = worst(run) - best[data_of(run), run["run"]]
+            yield data_of(run), run["name"], "minus ERM's best", more
     for column, (key, value) in CONTROLS.items():
         control = {}
         for run in of_stage(found, "finetune"):

@@ -113,10 +113,11 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     assert "r1: two runs of criterion random; random is taken" in capsys.readouterr().err
     assert gains[DATA, "finetune"][1:] == [
         "+20.0 +- 10.0 (3) [-4.8, +44.8]",  # minus before
+        "+70.0 (1)",  # minus the best epoch of ERM, which `alone` has beside it
         "+15.0 +- 7.1 (2) [-48.5, +78.5]",  # minus ERM: 20 and 10; 12.706 * 7.07 / sqrt(2) = 63.5
         "+5.0 +- 7.1 (2) [-58.5, +68.5]",  # minus random
     ]
-    assert gains[DATA, "control"][2:] == ["-", "-"]
+    assert gains[DATA, "control"][2:] == ["-", "-", "-"]
     (alone_in_r0,) = table("differences", r0 / "finetune").values()  # its controls lie beside it
     assert alone_in_r0 == ["50.0 (1)", "+30.0 (1)", "+20.0 (1)", "+10.0 (1)"]
     rows = table("wga", r0, r1, alone)

@@ -327,7 +327,7 @@ def test_a_kill_while_an_older_run_is_deleted(train, tmp_path):
 
             accident_at(n, patch, stop)
             try:
-                common.begin(folder, train_erm.parse_args([]), train_erm.FILES, None)
+                common.begin(folder, train_erm.parse_args(["--overwrite"]), train_erm.FILES, None)
                 begun = True
             except Accident:
                 pass

@@ -533,7 +533,8 @@ def start_worker(_):
     """What a worker process of a DataLoader does first: it leaves it to the script to report
     signals and errors, and ends if the script was killed meanwhile."""
     sys.excepthook = lambda *_: None
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as of a command in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not multiprocessing.parent_process().is_alive():
         os._exit(1)
 

@@ -406,7 +406,7 @@ class Images(Dataset):
         self.views = views
         self.seed = seed
         # In evaluation the pixels are always the same. They are kept where three such splits would
-        # not fill half of the memory. Each worker has its own images: those of its batches.
+        # not fill half of the memory. A worker keeps those of its own batches.
         fits = len(rows) * 3 * size**2 < min(4e9, memory_limit() / 8)
         self.kept = {} if augment == "none" and views == 1 and fits else None
 
@@ -419,7 +419,8 @@ class Images(Dataset):
 
     def pixels(self, epoch, i):
         """The views of an image, uint8 (3, S, S) or (V, 3, S, S)."""
-        keep = self.kept is not None and epoch == 0  # in training, every worker sees all images
+        # Only in evaluation (epoch 0): in training every worker would come to keep all images
+        keep = self.kept is not None and epoch == 0
         if keep and i in self.kept:
             return self.kept[i]
         picture = read_image(self.paths[i])
@@ -476,9 +477,9 @@ class EpochOrder(Sampler):
 
 class Batches:
     """Batches (x, y, g, index) of Images, on the device: x (B, 3, S, S) float and normalised as the
-    network takes it, or (B, V, 3, S, S) for V views; y, g and index (B,). All images as they are
-    stored, or those of an EpochOrder, or of parts, index tensors (n,), no two of them in one batch,
-    as tracing goes group by group."""
+    network takes it, or (B, V, 3, S, S) for V views; y, g and index (B,). Which images: by default
+    all, as they are stored; those of an EpochOrder; or those of parts, index tensors (n,), each of
+    which is cut into batches of its own."""
 
     def __init__(self, images, device="cpu", batch_size=128, workers=0, order=None, parts=None):
         if order is None:
@@ -860,7 +861,7 @@ def plot_epochs(log, selected):
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="lower right", fontsize=8)
     for i, name in enumerate(log[-1]["terms"]):
-        values = [row["terms"].get(name, math.nan) for row in log]
+        values = [row.get("terms", {}).get(name, math.nan) for row in log]
         style = ("--", "-", "-.", ":")[i % 4]
         axes[-1].plot(epochs, values, style, marker=".", color=str(0.2 * i % 0.8), label=name)
     axes[-1].set(title="training loss", ylabel="loss")

@@ -283,7 +283,7 @@ def main(args):
             scheduler.load_state_dict(last["scheduler"])
             log = last["log"]
             best = last["best"]
-            masked = last["masked"]
+            masked = last.get("masked", [])  # which an older version does not have
         common.load_checkpoint(folder / "best.pt")  # the end needs it
 
     # Batches of training, in an order of their own, and of evaluation

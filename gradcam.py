@@ -205,9 +205,11 @@ def activations(model, x, layer=None, target=None, channels_last=None):
     def cut(module, inputs, out):
         if not torch.is_tensor(out) or len(out) != len(x):
             raise ValueError(f"{layer or 'the last feature map'}: not a tensor with all images")
-        torch.set_grad_enabled(True)  # from here on; no_grad, around the pass, ends it
+        # The graph starts here, as nothing before the layer needs a gradient. It ends with the
+        # `with torch.no_grad()` around the pass
+        torch.set_grad_enabled(True)
         kept[:] = [out.detach().requires_grad_()]
-        return kept[0].clone()  # what goes on may be overwritten, by an in-place ReLU
+        return kept[0].clone()  # the rest of the network may overwrite it, as by an in-place ReLU
 
     hook = None
     if layer is not None:

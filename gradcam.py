@@ -441,12 +441,20 @@ def check_layer(model, layer, size):
     logits do not depend on it."""
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     noise = noise.to(next(model.parameters()).device)
-    likely = ", ".join(name.removesuffix(".weight") for name in list(model.state_dict())[-5:])
+    likely = ", ".join(
+        name.removesuffix(".weight") for name in list(common.prunable_weights(model))[-5:]
+    )
     place = "the last feature map" if layer is None else f"--layer {layer}"
-    with common.reading(place, f"name another --layer; the last ones are {likely}"):
+    advice = f"name another --layer; the last ones are {likely}"
+    if layer is not None:
+        with common.reading(place, advice):
+            model.get_submodule(layer)
+    try:
         _, gradient, _ = activations(model, noise, layer, 0)
-        if not gradient.any():
-            raise ValueError("the logits do not depend on the patches")
+    except ValueError as error:
+        raise BadInput(f"{place}: {error}; {advice}") from error
+    if not gradient.any():
+        raise BadInput(f"{place}: the logits do not depend on the patches; {advice}")
     grid = list(gradient.shape[2:])
     if min(grid) < 4:
         common.warn(

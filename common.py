@@ -489,6 +489,7 @@ class Batches:
             ]
         if workers and len(tempfile.gettempdir()) > 60:
             tempfile.tempdir = "/tmp"  # workers make sockets there, whose paths must be short
+        self.images = images
         self.workers = workers
         self.device = torch.device(device)
         self.mean = torch.tensor(images.mean, device=device)
@@ -722,6 +723,18 @@ def open_split(checkpoint, table, split, **options):
     return Images(
         table, split, checkpoint["size"], checkpoint["mean"], checkpoint["std"], **options
     )
+
+
+def evaluation_batches(checkpoint, table, args):
+    """What a training stage evaluates on, {split: Batches}. Test images are looked at here: the end
+    needs them, and a damaged one is better found now than after the last epoch. Raises BadInput."""
+    loaders = {}
+    for split in SPLITS:
+        images = open_split(checkpoint, table, split)
+        loaders[split] = Batches(images, args.device, args.batch_size, args.workers)
+    for _ in tqdm(loaders["test"], "look at test images", disable=None, leave=False):
+        pass
+    return loaders
 
 
 # ------------------------------------------------------------------------------------------------
@@ -992,9 +1005,10 @@ def score_neurons(weights, gradients, criterion, unit="channel"):
     """Score of every neuron, {parameter name: (n,)}: the l2 norm of what CRITERIA[criterion] makes
     of its weight and its gradient. gradients: what mean_gradient gives, or {} for criteria that
     need none."""
+    with_gradient = needs_gradient(criterion)
     scores = {}
     for name, weight in weights.items():
-        gradient = gradients[name] if needs_gradient(criterion) else None
+        gradient = gradients[name] if with_gradient else None
         value = CRITERIA[criterion](weight.detach(), gradient)
         if unit == "channel":
             scores[name] = value.flatten(1).norm(dim=1)

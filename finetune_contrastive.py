@@ -297,14 +297,8 @@ def main(args):
     )
     order = common.EpochOrder(len(augmented), args.batch_size, args.seed)
     train = common.Batches(augmented, args.device, workers=args.workers, order=order)
-    splits = {}
-    loaders = {}
-    for name in common.SPLITS:
-        splits[name] = common.open_split(start, table, name)
-        loaders[name] = common.Batches(splits[name], args.device, args.batch_size, args.workers)
+    loaders = common.evaluation_batches(start, table, args)
     test = {"test": loaders.pop("test")}
-    for _ in tqdm(test["test"], "look at test images", disable=None, leave=False):
-        pass  # the end needs them: a damaged one is better found now than after the last epoch
     common.begin(folder, args, FILES, last, **inputs)
 
     reports, logits = common.evaluate(model, loaders, table.groups)
@@ -316,7 +310,9 @@ def main(args):
         # The mask of this epoch, from the network as it is now
         rows = []
         if args.method == "contrastive":
-            rows = critical_neurons(model, weights, splits["train"], logits["train"], args, epoch)
+            rows = critical_neurons(
+                model, weights, loaders["train"].images, logits["train"], args, epoch
+            )
         neurons = [(row["parameter"], row["index"]) for row in rows]
         masks = common.neuron_masks(weights, neurons, args.unit)
         masked += [{"epoch": epoch, **row} for row in rows]

@@ -183,13 +183,8 @@ def main(args):
     images = common.open_split(about, table, "train", augment=args.augment, seed=args.seed)
     order = common.EpochOrder(len(images), args.batch_size, args.seed)
     train = common.Batches(images, args.device, workers=args.workers, order=order)
-    loaders = {}
-    for split in common.SPLITS:
-        images = common.open_split(about, table, split)
-        loaders[split] = common.Batches(images, args.device, args.batch_size, args.workers)
+    loaders = common.evaluation_batches(about, table, args)
     test = {"test": loaders.pop("test")}
-    for _ in tqdm(test["test"], "look at test images", disable=None, leave=False):
-        pass  # the end needs them: a damaged one is better found now than after the last epoch
     common.begin(folder, args, FILES, last, **inputs)
 
     for epoch in range(len(log) + 1, args.epochs + 1):

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 from common import BadInput, short
 
-FEW_NEURONS = 3  # the random modifications and the figures stop there, as in the paper
 FEW_IMAGES = 2  # critical neurons must cost over so many images more than random ones' mean
 FIGURES = (
     "fig02_zero.png",
@@ -58,7 +57,8 @@ def parse_args(argv=None):
         nargs="+",
         default=[1, 2, 3, 5, 10],
         metavar="K",
-        help="every K is zeroed; noise and figures use those up to 3 (1 2 3 5 10)",
+        help="every K is zeroed; noise and figures use the three smallest, and the random sets are "
+        "as large as the largest of those three (1 2 3 5 10)",
     )
     g.add_argument(
         "--sigma",
@@ -77,12 +77,13 @@ def parse_args(argv=None):
         "--controls",
         type=common.number(int, 0, 10**6),
         default=40,
-        help="so many random sets of 3 neurons from all layers, and for each critical set so many "
+        help="so many random sets of neurons from all layers, and for each critical set so many "
         "more from that set's layers; 0: none, else at least 39, for their 95 %% range (40)",
     )
     args = p.parse_args(argv)
     if 0 < args.controls < 39:
         p.error(f"--controls {args.controls}: expected 0, or at least 39 for a 95 % range")
+    args.top_k = sorted(set(args.top_k))
     return args
 
 
@@ -126,7 +127,7 @@ def main(args):
 
     # Scores, and the critical sets: I_j for each group j or, where a criterion needs no gradient,
     # one set for all
-    listed = min(max(math.ceil(1e-4 * total), *args.top_k, FEW_NEURONS), total)
+    listed = max(math.ceil(1e-4 * total), *args.top_k)
     scores = {}
     ranked = {}
     for criterion in common.CRITERIA:
@@ -139,11 +140,12 @@ def main(args):
 
     # All modified networks, and what they get right
     rows = []
+    few = args.top_k[:3]  # for noise, figures and, the largest of them, the control
     passes = common.OnePass()
     for name in splits:
-        planned = plan(args, ranked, name, groups)
+        planned = plan(args, ranked, few, name, groups)
         if name == "train" and minority:
-            planned += random_sets(args, ranked, counts, minority)
+            planned += random_sets(args, ranked, few[-1], counts, minority)
         for group, members in enumerate(index[name]):
             asked = [row for row in planned if group in row["groups"]]
             found = common.count_right(
@@ -162,7 +164,7 @@ def main(args):
     # Numbers first, so that they do not depend on figures
     control = []
     for criterion in common.CRITERIA:
-        control += control_test(rows, criterion, groups, args.controls)
+        control += control_test(rows, criterion, few[-1], groups)
     results = {
         "stage": "trace",
         "source": table.source,
@@ -175,6 +177,7 @@ def main(args):
         "neurons": total,
         "layers": len(counts),
         "listed": listed,
+        "few": few[-1],
         "groups": groups,
         "splits": reports,
         "changes": mean_changes(rows, groups),
@@ -192,12 +195,12 @@ def main(args):
     print_changes(results["changes"], groups)
     if control:
         title = (
-            f"Do the top {FEW_NEURONS} cost minorities more training accuracy than random ones? In "
+            f"Do the top {few[-1]} cost minorities more training accuracy than random ones? In "
             "points; 95 % of random sets lie between low and high"
         )
         common.print_rows(title, control)
     else:
-        print("\nno control: it takes a minority group, --controls and --top-k 3")
+        print("\nno control: it takes a minority group and --controls")
 
     shown = f"top {listed} of {total} neurons ({100 * listed / total:.2g} %)"
     first = args.sigma[:1]
@@ -234,12 +237,11 @@ def planned_row(criterion, by, groups, neurons, how="zero", sigma="", repeat="",
     }
 
 
-def plan(args, ranked, split, groups):
+def plan(args, ranked, few, split, groups):
     """Every modified network but the controls. Noise is most of the work: only what some table or
     figure shows is made."""
     planned = []
     everyone = [group["group"] for group in groups]
-    few = [k for k in args.top_k if k <= FEW_NEURONS]
     for (criterion, by), neurons in ranked.items():
         for k in args.top_k:
             planned.append(planned_row(criterion, by, everyone, neurons[:k]))
@@ -253,13 +255,11 @@ def plan(args, ranked, split, groups):
     return planned
 
 
-def random_sets(args, ranked, counts, minority):
-    """The control: random sets of as many neurons as the figures zero, over the minority groups.
-    One kind uniform over all neurons, one kind for each critical set with as many neurons in each
-    layer as that set has."""
+def random_sets(args, ranked, k, counts, minority):
+    """The control: random sets of k neurons, over the minority groups. One kind uniform over all
+    neurons, one kind for each critical set with as many neurons in each layer as that set has."""
     rng = np.random.default_rng(args.seed)
     total = sum(counts.values())
-    k = min(FEW_NEURONS, total)
     planned = []
     for repeat in range(args.controls):
         drawn = common.locate(rng.choice(total, k, replace=False), counts)
@@ -344,24 +344,24 @@ def middle_95(null):
     return np.quantile(null, [0.025, 0.975], method="weibull")
 
 
-def control_test(rows, criterion, groups, controls):
-    """Do the critical neurons of a criterion lower a minority group's training accuracy more than
-    random ones? Two tests a group, against random sets of all layers and of the same layers, a list
+def control_test(rows, criterion, k, groups):
+    """Do the top k neurons of a criterion lower a minority group's training accuracy more than
+    random ones, of which there are as many? Two tests a group, against random sets of all layers and of the same layers, a list
     of dicts. `more` is True if at most 5 % of the random sets of each kind lower it as much (p),
     AND it loses over FEW_IMAGES more images than under random sets on average: a small p means
     rare, not large."""
     tests = []
     for group in groups:
+        if not pick(rows, criterion="random", group=group["group"]):
+            continue
         observed = own(
             rows,
             group["group"],
             criterion=criterion,
             modification="zero",
-            k=FEW_NEURONS,
+            k=k,
             split="train",
         )
-        if not observed or not controls or not group["minority"]:
-            continue
         n = observed[0]["n"]
         of_group = []
         for name, selected_by in (
@@ -469,7 +469,7 @@ def plot_changes(rows, groups, args, how, sigmas):
     """Figures 2, 4, 5, 11, 12: change of each group under its own neurons, a bar per k, a row of
     panels per criterion, one per sigma; whiskers: standard deviation over repeats. Zeroing also
     shows random neurons (mean and 95 % range)."""
-    ks = [k for k in args.top_k if k <= FEW_NEURONS]
+    ks = args.top_k[:3]
     slots = len(ks) + (how == "zero")  # one more slot for random neurons
     shape = (len(common.CRITERIA), len(sigmas))
     if len(sigmas) == 1:
@@ -506,7 +506,7 @@ def plot_changes(rows, groups, args, how, sigmas):
                 error_kw={"lw": 0.8, "capsize": 2},
             )
         if how == "zero":
-            plot_random(ax, rows, groups)
+            plot_random(ax, rows, groups, ks[-1])
         ax.axhline(0, color="black", lw=0.6)
         names = [f"{short(g)}\n" + g["name"].replace(" on ", "\non ") for g in groups]
         ax.set_xticks(range(len(groups)), names, fontsize=7)
@@ -528,9 +528,9 @@ def plot_changes(rows, groups, args, how, sigmas):
     return fig
 
 
-def plot_random(ax, rows, groups):
-    """Random neurons of all layers, zeroed: mean and 95 % range for each minority group."""
-    label = f"random {FEW_NEURONS}, mean and 95 % range"
+def plot_random(ax, rows, groups, k):
+    """k random neurons of all layers, zeroed: mean and 95 % range for each minority group."""
+    label = f"random {k}, mean and 95 % range"
     for j, g in enumerate(groups):
         others = pick(rows, criterion="random", selected_by="all layers", group=g["group"])
         if others:

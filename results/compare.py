@@ -70,7 +70,6 @@ PAPER_TABLES = (
     ("Table 14: Figure 5 (left) ", "gradient", "random-noise"),
     ("Table 14: Figure 5 (right) ", "magnitude", "random-noise"),
 )
-FEW_NEURONS = 3  # where these tables stop, but for Table 3, and what the matrix is of
 
 
 def parse_args(argv=None):
@@ -247,7 +246,7 @@ def cells_of(result):
 
 def trace_cells(result):
     names = {group["group"]: common.short(group) for group in result["groups"]}
-    for line, row in trace_lines(result["changes"]):
+    for line, row in trace_lines(result["changes"], result.get("few", 3)):
         for group, points in row["points"].items():  # of the groups that have images
             yield line, names[int(group)], [points, row["images"][group]]
     for test in result["control"]:
@@ -259,16 +258,17 @@ def trace_cells(result):
         yield f"Control: {criterion} minus {others}", column, [more]
 
 
-def trace_lines(changes):
-    """Name and change of every line: the paper's tables, then the matrix of all groups under all
-    sets, then what criteria that the paper does not have add."""
+def trace_lines(changes, few):
+    """Name and change of every line: the paper's tables, which but for Table 3 stop at the top
+    `few`, then the matrix of all groups under all sets, then what criteria that the paper does not
+    have add."""
     own = [row for row in changes if row["selected_by"] == "own"]
     sigmas = [row["sigma"] for row in own if row["sigma"]]
     for table, criterion, modification in PAPER_TABLES:
         for row in own:
             if row["criterion"] != criterion or row["modification"] != modification:
                 continue
-            if row["k"] > FEW_NEURONS and table != "Table 3: ":
+            if row["k"] > few and table != "Table 3: ":
                 continue
             if row["split"] == "test" and table != "Table 13: ":
                 continue
@@ -277,7 +277,6 @@ def trace_lines(changes):
             yield table + line_name(row), row
 
     zeroed = [row for row in changes if row["modification"] == "zero"]
-    few = max((row["k"] for row in zeroed if row["k"] <= FEW_NEURONS), default=0)
     of_groups = {row["criterion"] for row in zeroed if row["selected_by"] != "own"}
     for row in zeroed:
         of_group = row["selected_by"] != "own"

@@ -301,7 +301,8 @@ def tracing(_):
         by_gradient = common.score_neurons(weights, gradients, "gradient")
         ranked["gradient", j] = common.top_neurons(by_gradient, 10)
     groups = [{"group": j} for j in range(4)]
-    planned = trace_neurons.plan(trace_neurons.parse_args([]), ranked, "train", groups)[::17]
+    args = trace_neurons.parse_args([])
+    planned = trace_neurons.plan(args, ranked, args.top_k[:3], "train", groups)[::17]
 
     def as_planned():
         for j in range(4):

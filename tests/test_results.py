@@ -334,7 +334,7 @@ def test_lines_of_a_trace_are_named_as_ever():
         assert lines[line] == expected, line
     # A criterion that the paper does not have
     more = changes_of({"product": True})
-    names = [line for line, _ in compare.trace_lines(more)]
+    names = [line for line, _ in compare.trace_lines(more, 3)]
     assert "Matrix: product of G3" in names
     assert "Not in the paper: product random-noise top 1 sigma 0.01, test images" in names
 

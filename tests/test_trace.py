@@ -201,7 +201,7 @@ def traced(erm_run, tmp_path_factory, request):
         checkpoint = folder / "vit.pt"
         torch.save(other, checkpoint)
     flags = f"--checkpoint {checkpoint} --seed 5"
-    more = "--repeats 2 --controls 39 --sigma 0.3 0.1 --top-k 1 3 5"
+    more = "--repeats 2 --controls 39 --sigma 0.3 0.1 --top-k 5 3 2 1"
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "test_vit":
             patch.setattr(Figure, "savefig", lambda *_, **__: None)
@@ -298,11 +298,15 @@ def test_counts_of_the_trace(traced, critical):
     sets, unit = critical
     rows = read(folder / "trace/accuracy.csv")
     rows = [row for row in rows if row["criterion"] != "random"]
-    zeroed = 2 * 3 * 5 * 4  # splits, k, sets, groups
-    draws = 2 * 2 * 2  # repeats, sigmas, k up to 3
+    zeroed = 2 * 4 * 5 * 4  # splits, k, sets, groups
+    draws = 2 * 2 * 3  # repeats, sigmas, the three smallest k
     assert len(rows) == zeroed + draws * (2 * (4 + 4) + 4)  # both kinds in train, one in test
     noise = {(row["criterion"], row["modification"]) for row in pick(rows, split="test", k="1")}
     assert noise == {("magnitude", "zero"), ("gradient", "zero"), ("gradient", "random-noise")}
+    assert {row["modification"] for row in pick(rows, k="5")} == {"zero"}
+    # The control has as many neurons as the largest of the three
+    control = pick(read(folder / "trace/accuracy.csv"), criterion="random")
+    assert {row["k"] for row in control} == {"3"}
     for row in rows[::7]:
         chosen = sets[row["criterion"], row["selected_by"]][: int(row["k"])]
         sigma = float(row["sigma"] or 0)
@@ -362,7 +366,7 @@ def test_figures(traced):
             assert np.asarray(image.convert("L")).std() > 5, path
 
 
-def compared(observed, null, same_layers, controls=40):
+def compared(observed, null, same_layers, k=3):
     """What control_test says of magnitude's set and the two kinds of random ones, by images."""
     rows = []
 
@@ -386,7 +390,7 @@ def compared(observed, null, same_layers, controls=40):
         add("random", "all layers", images)
     for images in same_layers:
         add("random", "layers of magnitude all", images)
-    return trace_neurons.control_test(rows, "magnitude", GROUPS, controls)
+    return trace_neurons.control_test(rows, "magnitude", k, GROUPS)
 
 
 NULL = [*range(-10, 10), *[0] * 19]
@@ -441,7 +445,7 @@ def test_the_control_by_hand():
     test, _ = compared(0, range(39), range(39))
     # A 40th set would lie outside once in 20 times
     assert [test[key] for key in ("low", "mean", "high")] == pytest.approx([0, 19, 38])
-    assert compared(-30, NULL, NULL, controls=0) == []
+    assert compared(-30, [], []) == []  # --controls 0
 
 
 def test_changes_by_hand():

@@ -1289,7 +1289,7 @@ def add_tracing_flags(p):
         type=positive_int,
         metavar="N",
         help="at most so many images of each group, a random sample; of minority groups in "
-        "training always all (all; built-in set 100)",
+        "training always all (all; built-in set 50)",
     )
     g.add_argument(
         "--unit",
@@ -1312,7 +1312,7 @@ def open_traced(args):
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, table = reopen(args.checkpoint, args.data, args.device)
     if args.max_per_group is None and is_built_in(table):
-        args.max_per_group = 100
+        args.max_per_group = 50
     weights = prunable_weights(model)
     if args.unit == "auto":
         args.unit = choose_unit(weights)

@@ -34,12 +34,12 @@ FILES = (
 )
 DEFAULTS = {  # flag: (of the paper, section 4.1 and Table 2; of the built-in set)
     "arch": ("resnet50", "resnet10"),
-    "size": (224, 48),
-    "epochs": (100, 15),
+    "size": (224, 40),
+    "epochs": (100, 10),
     "batch_size": (256, 128),
     "lr": (1e-4, 3e-4),
     "augment": ("table1", "crop-flip"),
-    "keep_epochs": ([30, 40, 50, 60], [3, 6, 9, 12]),
+    "keep_epochs": ([30, 40, 50, 60], [3, 4, 5, 6]),
 }
 
 
@@ -69,11 +69,11 @@ def parse_args(argv=None):
         "or .safetensors, of which all but the head is taken (default)",
     )
     g.add_argument(
-        "--size", type=common.positive_int, help="side of the network's input in pixels (224; 48)"
+        "--size", type=common.positive_int, help="side of the network's input in pixels (224; 40)"
     )
     g = p.add_argument_group("training")
     g.add_argument(
-        "--epochs", type=common.positive_int, help="passes over the training images (100; 15)"
+        "--epochs", type=common.positive_int, help="passes over the training images (100; 10)"
     )
     g.add_argument(
         "--batch-size",
@@ -101,7 +101,7 @@ def parse_args(argv=None):
         nargs="*",
         metavar="N",
         help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all, a "
-        "checkpoint that is always kept (30 40 50 60; 3 6 9 12)",
+        "checkpoint that is always kept (30 40 50 60; 3 4 5 6)",
     )
     g = p.add_argument_group("run")
     g.add_argument(

@@ -123,7 +123,7 @@ def training(table):
         64,
         ("<= 1.15", "<= 1.20"),
     )
-    passes("built-in set", drawn, "resnet10", 48, 128, 128, ("<= 1.25", "<= 1.25"))
+    passes("built-in set", drawn, "resnet10", 40, 128, 128, ("<= 1.25", "<= 1.25"))
 
 
 def passes(name, table, arch, size, n, batch_size, goals):

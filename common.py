@@ -1355,6 +1355,14 @@ def print_settings(args):
     print(" ".join(f"{key}={value}" for key, value in plain(args).items()))
 
 
+def run_stage(parse_args, main):
+    """What the script of a stage does: main(parse_args()), on the machine that its flags name."""
+    with script():
+        args = parse_args()
+        with machine(args):
+            main(args)
+
+
 @contextlib.contextmanager
 def machine(args):
     """Around a stage's main(): sets what the machine's flags ask for. Raises BadInput if --device
@@ -1575,6 +1583,19 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
         print(f"{folder} is finished; --overwrite starts anew")
         return None, results
     return load_checkpoint(folder / "last.pt"), None
+
+
+def restore(folder, last, model, optimizer, scheduler):
+    """Bring a training stage back to where last.pt left it; returns its log and its best epoch.
+    Raises BadInput, also if best.pt is lost, as the end needs it."""
+    with reading(folder / "last.pt", "use --overwrite"):
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scheduler.load_state_dict(last["scheduler"])
+        log = last["log"]
+        best = last["best"]
+    load_checkpoint(folder / "best.pt")
+    return log, best
 
 
 def begin(folder, args, names, last, **inputs):

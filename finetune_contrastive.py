@@ -277,14 +277,8 @@ def main(args):
     best = {"epoch": 0, "score": -1.0}
     masked = []  # rows of masked.csv, of all epochs
     if last:
-        with common.reading(folder / "last.pt", "use --overwrite"):
-            model.load_state_dict(last["model"])
-            optimizer.load_state_dict(last["optimizer"])
-            scheduler.load_state_dict(last["scheduler"])
-            log = last["log"]
-            best = last["best"]
-            masked = last.get("masked", [])  # which an older version does not have
-        common.load_checkpoint(folder / "best.pt")  # the end needs it
+        log, best = common.restore(folder, last, model, optimizer, scheduler)
+        masked = last.get("masked", [])  # which an older version does not have
 
     # Batches of training, in an order of their own, and of evaluation
     augmented = common.open_split(
@@ -450,7 +444,4 @@ def print_table(results):
 
 
 if __name__ == "__main__":
-    with common.script():
-        arguments = parse_args()
-        with common.machine(arguments):
-            main(arguments)
+    common.run_stage(parse_args, main)

@@ -163,13 +163,15 @@ def main(args):
         "without_mask": without,
         "focus": rows,
     }
-    numbers = {
-        "args.json": common.run_record("gradcam", args),
-        "focus.csv": rows or None,
-        "fig10_gradcam.png": None,
-        "results.json": results,
-    }
-    common.write(folder, numbers)
+    common.write(
+        folder,
+        {
+            "args.json": common.run_record("gradcam", args),
+            "focus.csv": rows or None,
+            "fig10_gradcam.png": None,
+            "results.json": results,
+        },
+    )
     if args.masks:
         common.print_rows("Focus on the object over the test split, with 95 % intervals", rows)
     else:
@@ -539,7 +541,4 @@ def plot_images(pictures, shown, images, shapes, classes, heading):
 
 
 if __name__ == "__main__":
-    with common.script():
-        arguments = parse_args()
-        with common.machine(arguments):
-            main(arguments)
+    common.run_stage(parse_args, main)

@@ -119,13 +119,15 @@ def main(args):
         "layers": list(counts),
         "summary": summary,
     }
-    numbers = {
-        "args.json": common.run_record("structured", args),
-        "layers.csv": rows,
-        "fig07_layers.png": None,
-        "results.json": results,
-    }
-    common.write(folder, numbers)
+    common.write(
+        folder,
+        {
+            "args.json": common.run_record("structured", args),
+            "layers.csv": rows,
+            "fig07_layers.png": None,
+            "results.json": results,
+        },
+    )
     print_summary(summary, groups, args.k)
     common.write(folder, {"fig07_layers.png": plot_heat(heat, list(counts), groups, args.k)})
     print(f"wrote {folder}/")
@@ -180,8 +182,11 @@ def print_summary(summary, groups, k):
             rows.append({"criterion": criterion, **row, "group": name})
         if found["thirds"]:
             thirds.append({"criterion": criterion, **found["thirds"]})
-    title = f"Change in training accuracy by zeroing {k} neurons of one layer, percentage points"
-    common.print_rows(f"{title} (* minority)", rows)
+    common.print_rows(
+        f"Change in training accuracy by zeroing {k} neurons of one layer, percentage points (* "
+        "minority)",
+        rows,
+    )
     if thirds:
         common.print_rows("Share of the minorities' absolute change, by thirds of layers", thirds)
 
@@ -206,13 +211,13 @@ def plot_heat(heat, layers, groups, k):
     ticks = [layer.removesuffix(".weight") for layer in layers]
     axes[-1].set_xticks(range(len(layers)), ticks, rotation=90, fontsize=6)
     axes[-1].set_xlabel("layer, from input to output (* minority group)")
-    label = "|change| in training accuracy\n(percentage points; + marks a rise)"
-    fig.colorbar(image, ax=axes, label=label)
+    fig.colorbar(
+        image,
+        ax=axes,
+        label="|change| in training accuracy\n(percentage points; + marks a rise)",
+    )
     return fig
 
 
 if __name__ == "__main__":
-    with common.script():
-        arguments = parse_args()
-        with common.machine(arguments):
-            main(arguments)
+    common.run_stage(parse_args, main)

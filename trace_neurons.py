@@ -184,37 +184,38 @@ def main(args):
         "ranks": rank_shares(neurons),
         "control": control,
     }
-    numbers = {
-        "args.json": common.run_record("trace", args),
-        "neurons.csv": neurons,
-        "accuracy.csv": rows,
-        **dict.fromkeys(FIGURES),
-        "results.json": results,
-    }
-    common.write(folder, numbers)
+    common.write(
+        folder,
+        {
+            "args.json": common.run_record("trace", args),
+            "neurons.csv": neurons,
+            "accuracy.csv": rows,
+            **dict.fromkeys(FIGURES),
+            "results.json": results,
+        },
+    )
     print_changes(results["changes"], groups)
     if control:
-        title = (
+        common.print_rows(
             f"Do the top {few[-1]} cost minorities more training accuracy than random ones? In "
-            "points; 95 % of random sets lie between low and high"
+            "points; 95 % of random sets lie between low and high",
+            control,
         )
-        common.print_rows(title, control)
     else:
         print("\nno control: it takes a minority group and --controls")
 
     shown = f"top {listed} of {total} neurons ({100 * listed / total:.2g} %)"
-    first = args.sigma[:1]
     figures = {
         "fig02_zero.png": plot_changes(rows, groups, args, "zero", [""]),
         "fig03_ranks.png": plot_ranks(neurons, shown),
-        "fig04_random_init.png": plot_changes(rows, groups, args, "random-init", first),
-        "fig05_random_noise.png": plot_changes(rows, groups, args, "random-noise", first),
         "fig08_layers.png": plot_layers(neurons, groups, list(counts), shown),
-        "fig11_random_init_sigmas.png": plot_changes(rows, groups, args, "random-init", args.sigma),
-        "fig12_random_noise_sigmas.png": plot_changes(
-            rows, groups, args, "random-noise", args.sigma
-        ),
     }
+    for how, one_sigma, all_sigmas in (
+        ("random-init", "fig04_random_init.png", "fig11_random_init_sigmas.png"),
+        ("random-noise", "fig05_random_noise.png", "fig12_random_noise_sigmas.png"),
+    ):
+        figures[one_sigma] = plot_changes(rows, groups, args, how, args.sigma[:1])
+        figures[all_sigmas] = plot_changes(rows, groups, args, how, args.sigma)
     common.write(folder, figures)
     print(f"wrote {folder}/")
 
@@ -345,8 +346,8 @@ def middle_95(null):
 
 
 def control_test(rows, criterion, k, groups):
-    """Do the top k neurons of a criterion lower a minority group's training accuracy more than
-    random ones, of which there are as many? Two tests a group, against random sets of all layers and of the same layers, a list
+    """Do the top k neurons of a criterion lower a minority group's training accuracy more than k
+    random ones? Two tests a group, against random sets of all layers and of the same layers, a list
     of dicts. `more` is True if at most 5 % of the random sets of each kind lower it as much (p),
     AND it loses over FEW_IMAGES more images than under random sets on average: a small p means
     rare, not large."""
@@ -456,10 +457,10 @@ def print_changes(changes, groups):
                 points = line["points"][group["group"]]
                 row[short(group)] = f"{points:+.2f} ({line['images'][group['group']]:+.1f})"
         rows.append(row)
-    title = (
-        "Change in accuracy in percentage points (images); selected by: whose neurons; * minority"
+    common.print_rows(
+        "Change in accuracy in percentage points (images); selected by: whose neurons; * minority",
+        rows,
     )
-    common.print_rows(title, rows)
 
 
 # ---- the figures ----
@@ -593,7 +594,4 @@ def plot_layers(neurons, groups, layers, shown):
 
 
 if __name__ == "__main__":
-    with common.script():
-        arguments = parse_args()
-        with common.machine(arguments):
-            main(arguments)
+    common.run_stage(parse_args, main)

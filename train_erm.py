@@ -5,8 +5,9 @@
 
 Paper: section 4.1, Table 2 (settings), Figure 1 (the gap between training and test accuracy). Reads
 Waterbirds, CelebA or any metadata.csv with its images. Writes RUN/erm/: args.json, log.jsonl,
-best.pt, last.pt, epoch_NNN.pt (NNN: epochs finished), results.json, fig01_group_accuracy.png and
-curves.png. The same command again continues an interrupted run; a larger --epochs extends it.
+best.pt (the epoch of the highest worst-group accuracy in validation), last.pt, epoch_NNN.pt (NNN:
+epochs finished), results.json, fig01_group_accuracy.png and curves.png. The same command again
+continues an interrupted run; a larger --epochs extends it.
 """
 
 import hashlib
@@ -87,14 +88,7 @@ def parse_args(argv=None):
         help="table1: the paper's Table 1; crop-flip: its first two rows, which are all that the "
         "released code uses (table1; crop-flip)",
     )
-    g = p.add_argument_group("selection")
-    g.add_argument(
-        "--select",
-        choices=["val-wga", "val-mean", "last"],
-        default="val-wga",
-        help="best.pt is the epoch of the highest validation worst-group accuracy (val-wga; the "
-        "first of equals), of the highest validation mean, or the last one (val-wga)",
-    )
+    g = p.add_argument_group("run")
     g.add_argument(
         "--keep-epochs",
         type=common.positive_int,
@@ -103,7 +97,6 @@ def parse_args(argv=None):
         help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all, a "
         "checkpoint that is always kept (30 40 50 60; 3 4 5 6)",
     )
-    g = p.add_argument_group("run")
     g.add_argument(
         "--seed",
         type=common.seed_int,
@@ -156,14 +149,8 @@ def main(args):
     }
     erm = {"id": None, "settings": settings}
     if last:
-        with common.reading(folder / "last.pt", "use --overwrite"):
-            model.load_state_dict(last["model"])
-            optimizer.load_state_dict(last["optimizer"])
-            scheduler.load_state_dict(last["scheduler"])
-            log = last["log"]
-            best = last["best"]
-            erm["id"] = common.erm_of(last)["id"]
-        common.load_checkpoint(folder / "best.pt")  # the end needs it
+        log, best = common.restore(folder, last, model, optimizer, scheduler)
+        erm["id"] = common.erm_of(last)["id"]
 
     # Batches of training, in an order of their own, and of evaluation
     about = {
@@ -224,15 +211,10 @@ def main(args):
         common.print_epoch(row, args.epochs)
 
         # Checkpoints. last.pt holds the log as well, so that log and weights cannot disagree
-        scores = {
-            "val-wga": reports["val"]["acc_worst"],
-            "val-mean": reports["val"]["acc_mean"],
-            "last": epoch,
-        }
         checkpoint = {**about, "erm": erm, "epoch": epoch, "model": model.state_dict()}
         files = {"log.jsonl": log}
-        if scores[args.select] > best["score"]:
-            best = {"epoch": epoch, "score": scores[args.select]}
+        if reports["val"]["acc_worst"] > best["score"]:  # of equals the first stays
+            best = {"epoch": epoch, "score": reports["val"]["acc_worst"]}
             files["best.pt"] = checkpoint
         if epoch in args.keep_epochs:
             files[f"epoch_{epoch:03d}.pt"] = checkpoint
@@ -253,7 +235,6 @@ def main(args):
         "stage": "erm",
         "source": table.source,
         "arch": args.arch,
-        "select": args.select,
         "epochs": args.epochs,
         "selected_epoch": best["epoch"],
         "splits": {"train": selected["train"], "val": selected["val"], **best_test},
@@ -262,11 +243,13 @@ def main(args):
     }
     common.write(folder, {"results.json": results})
     print_table(results)
-    figures = {
-        "fig01_group_accuracy.png": plot_gap(results),
-        "curves.png": common.plot_epochs(log, best["epoch"]),
-    }
-    common.write(folder, figures)
+    common.write(
+        folder,
+        {
+            "fig01_group_accuracy.png": plot_gap(results),
+            "curves.png": common.plot_epochs(log, best["epoch"]),
+        },
+    )
     print(f"wrote {folder}/")
 
 
@@ -290,7 +273,7 @@ def fingerprint_of_weights(weights):
 
 def print_table(results):
     common.print_splits(
-        f"selected epoch {results['selected_epoch']} of {results['epochs']} ({results['select']})",
+        f"selected epoch {results['selected_epoch']} of {results['epochs']}",
         results["splits"],
     )
 
@@ -324,7 +307,4 @@ def plot_gap(results):
 
 
 if __name__ == "__main__":
-    with common.script():
-        arguments = parse_args()
-        with common.machine(arguments):
-            main(arguments)
+    common.run_stage(parse_args, main)

@@ -59,6 +59,13 @@ GONE = {
     "lam_reduction": "sum",
     "select": "val-wga",
 }
+ARMS = {  # name of a run: what of Table 12, or its control, it is
+    "finetune": "largest magnitude masked",
+    "gradient": "largest gradient masked",
+    "random": "random neurons masked",
+    "none": "nothing masked",
+    "supervised": "squared error alone",
+}
 # Changes that the paper's tables show: how their line's name begins, criterion, modification
 PAPER_TABLES = (
     ("Table 3: ", "magnitude", "zero"),
@@ -100,7 +107,8 @@ def parse_args(argv=None):
     p.add_argument(
         "--write",
         action="store_true",
-        help="rewrite the tables of results/README.md from results/numbers.jsonl; needs no RUN",
+        help="rewrite the tables of results/README.md, and gains.png, from results/numbers.jsonl; "
+        "needs no RUN",
     )
     return p.parse_args(argv)
 
@@ -130,8 +138,9 @@ def main(args):
         records = read_store(store)
         warn_of_differences(records)
         records = independent(records)
-        common.write(HERE, {page.name: with_tables(page, records)})
-        print(f"wrote the tables of {page}")
+        made = {page.name: with_tables(page, records), "gains.png": plot_gains(records)}
+        common.write(HERE, made)
+        print(f"wrote the tables of {page} and gains.png")
         if args.figure and not args.runs:
             plot(records, args.figure)
 
@@ -507,13 +516,18 @@ def signed(values):
     return cell(values, "+")
 
 
+def interval(values):
+    """The 95 % t-interval of the mean of two or more values."""
+    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return np.mean(values) - half, np.mean(values) + half
+
+
 def with_interval(values):
     """Of differences, with the 95 % t-interval of their mean."""
     if len(values) < 2:
         return signed(values)
-    mean = np.mean(values)
-    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{signed(values)} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    low, high = interval(values)
+    return f"{signed(values)} [{low:+.1f}, {high:+.1f}]"
 
 
 # ---- what is averaged: (data set and network, row, column, value) one by one ----
@@ -597,7 +611,7 @@ def table_lines(shown, _, stage):
                 yield of, line, column, value
 
 
-# ---- tables and Figure 6 ----
+# ---- tables and figures ----
 
 TABLES = {  # what is averaged, how its mean is written, what it is
     "wga": (accuracies, cell, "test accuracy in %, mean +- sd (n)"),
@@ -703,6 +717,37 @@ def plot(records, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     common.write(path.parent, {path.name: fig})
     print(f"\nwrote {path}")
+
+
+def plot_gains(records):
+    """Test worst-group accuracy minus that of ERM continued, a row for each data set and network
+    and each kind of fine-tuning: mean, 95 % interval and single seeds."""
+    gains = {}
+    for data, name, column, value in differences(records, records, None):
+        if column == "minus ERM continued" and name in ARMS:
+            gains.setdefault(data, {}).setdefault(name, []).append(value)
+    fig = Figure(figsize=(7.5, 1 + 1.3 * len(gains)), layout="constrained")
+    axes = fig.subplots(max(len(gains), 1), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (data, of_data) in zip(axes, gains.items(), strict=False):
+        names = [name for name in ARMS if name in of_data]
+        for i, name in enumerate(names):
+            values = of_data[name]
+            ax.plot(values, [i] * len(values), "o", color="0.6", mfc="none", ms=4)
+            ax.plot(np.mean(values), i, "D", color="black", ms=6)
+            if len(values) > 1:
+                ax.plot(interval(values), [i, i], color="black", lw=1.5)
+        ticks = [f"{ARMS[name]} (n = {len(of_data[name])})" for name in names]
+        ax.set_yticks(range(len(names)), ticks, fontsize=8)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.axvline(0, color="black", lw=0.6)
+        ax.grid(axis="x", color="0.9")
+        ax.set_axisbelow(True)
+        ax.set_title(data, fontsize=9, loc="left")
+    axes[-1].set_xlabel(
+        "test worst-group accuracy minus that of ERM continued (points)\n"
+        "diamond and line: mean and its 95 % interval; circles: seeds"
+    )
+    return fig
 
 
 def plot_pair(ax, i, runs):

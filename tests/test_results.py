@@ -401,6 +401,30 @@ def test_add_replaces_and_write_makes_the_page(kept, tmp_path, capsys):
     assert (tmp_path / "README.md").read_text() == page
 
 
+def test_the_figure_of_gains(monkeypatch):
+    """Table 12's fine-tunings over ERM continued alone: seeds, mean, interval."""
+    found = [
+        ("birds, net", "finetune", "minus ERM continued", 2),
+        ("birds, net", "finetune", "minus ERM continued", 4),
+        ("birds, net", "finetune", "minus before", 99),
+        ("birds, net", "lam1", "minus ERM continued", 99),
+        ("faces, net", "random", "minus ERM continued", -1),
+    ]
+    monkeypatch.setattr(compare, "differences", lambda *_: found)
+    birds, faces = compare.plot_gains([]).axes
+    assert (birds.get_title("left"), faces.get_title("left")) == ("birds, net", "faces, net")
+    seeds, mean, line, _ = birds.lines
+    assert [*seeds.get_xdata()] == [2, 4]
+    assert mean.get_xdata() == 3
+    assert line.get_xdata() == pytest.approx((3 - 12.706, 3 + 12.706))  # sd / sqrt(n) is 1
+    assert [tick.get_text() for tick in birds.get_yticklabels()] == [
+        "largest magnitude masked (n = 2)"
+    ]
+    seed, mean, _ = faces.lines
+    assert [*seed.get_xdata()] == [-1]
+    assert mean.get_xdata() == -1
+
+
 @pytest.mark.parametrize(
     "path,old,new",
     [

@@ -231,6 +231,9 @@ def make_record(path):
             "n": [group["n"] for group in groups],
             "correct": [group["correct"] for group in groups],
         }
+    for share in result.get("ranks", []):
+        row = f"largest {share['criterion']} in the upper 5 % by {share['by']}"
+        record.setdefault("ranks", {})[row] = round(100 * share["upper"] / share["n"], 3)
     for line, column, values in cells_of(result):
         cells = record["lines"].setdefault(line, {})
         cells[column] = [round(value, 3) for value in values]
@@ -530,6 +533,17 @@ def with_interval(values):
     return f"{signed(values)} [{low:+.1f}, {high:+.1f}]"
 
 
+def mean_interval(values):
+    """The same in fewer characters, and without a sign."""
+    if not values:
+        return "-"
+    spread = ""
+    if len(values) > 1:
+        low, high = interval(values)
+        spread = f" [{low:.1f}, {high:.1f}]"
+    return f"{np.mean(values):.1f}{spread} ({len(values)})"
+
+
 # ---- what is averaged: (data set and network, row, column, value) one by one ----
 
 
@@ -611,6 +625,70 @@ def table_lines(shown, _, stage):
                 yield of, line, column, value
 
 
+GAINS = {  # fine-tuning and what it is compared with: the claim that rests on it
+    ("finetune", "minus before"): "9: largest magnitude masked, minus its start",
+    ("finetune", "minus ERM's best"): "9: largest magnitude masked, minus ERM's best epoch",
+    ("finetune", "minus ERM continued"): "9: largest magnitude masked, minus ERM continued",
+    ("gradient", "minus ERM continued"): "9: largest gradient masked, minus ERM continued",
+    ("supervised", "minus ERM continued"): "9: squared error alone, minus ERM continued",
+    ("finetune", "minus random"): "10: largest magnitude minus random neurons masked",
+    ("gradient", "minus random"): "10: largest gradient minus random neurons masked",
+}
+
+
+def claims(shown, found, _):
+    """What the verdicts of the report rest on, in points: a row a quantity, in the order of the
+    claims, and a column a data set and network."""
+    entries = []
+    for run in shown:
+        for row, value in claims_of(run):
+            entries.append(("all data sets and networks", row, data_of(run), value))
+    for data, name, column, value in differences(shown, found, None):
+        if (name, column) in GAINS:
+            entries.append(("all data sets and networks", GAINS[name, column], data, value))
+    yield from sorted(entries, key=lambda entry: int(entry[1].partition(":")[0]))
+
+
+def claims_of(run):
+    """(row, value) of one run, whatever its stage."""
+    if run["stage"] == "erm":
+        train = run["reports"]["train"]
+        test = run["reports"]["test"]
+        for j, group in enumerate(run["groups"]):
+            if train["n"][j] and test["n"][j]:
+                accuracies = [report["correct"][j] / report["n"][j] for report in (train, test)]
+                gap = 100 * (accuracies[0] - accuracies[1])
+                yield f"1: training minus test, {group.split()[0]}", gap
+    for row, share in run.get("ranks", {}).items():
+        yield f"6: {row}, %", share
+    cells = {}
+    for line, columns in run["lines"].items():
+        for column, (value, *_) in columns.items():
+            cells[line, column] = value
+    for (line, column), value in cells.items():
+        for claim, criterion in ((2, "gradient"), (3, "magnitude")):
+            own = f"Matrix: {criterion}"
+            if criterion == "gradient":
+                own += f" of {column.rstrip('*')}"
+            if line == own:
+                number = claim if column.endswith("*") else 4
+                yield f"{number}: largest {criterion} zeroed, {column}", value
+            if line == f"{own}, test images":
+                more = cells[own, column] - value
+                yield f"5: largest {criterion} zeroed, training minus test, {column}", more
+            if line == f"Control: {criterion} minus random ones of the same layers":
+                yield f"{claim}: minus random ones of the same layers zeroed, {column}", value
+            if line == f"Control: {criterion} minus random" and column.endswith("points"):
+                yield f"8: largest {criterion} of a layer minus random ones, {column}", value
+        if column == "first third, %" and not line.startswith("Control"):
+            yield f"7: first third's share of the change, {line}, %", value
+        if line == "mass, finetune - erm" and column.endswith("*"):
+            yield f"12: mass on the object, after minus before, {column}", value
+            if ("mass, erm-continued - erm", column) in cells:
+                more = value - cells["mass, erm-continued - erm", column]
+                yield f"12: mass on the object, minus ERM continued, {column}", more
+
+
 # ---- tables and figures ----
 
 TABLES = {  # what is averaged, how its mean is written, what it is
@@ -620,6 +698,7 @@ TABLES = {  # what is averaged, how its mean is written, what it is
     "trace": (table_lines, signed, "change in accuracy in points"),
     "structured": (table_lines, cell, "minorities' change, share of it and mean of all layers"),
     "gradcam": (table_lines, signed, "focus on the object, after minus before, points"),
+    "claims": (claims, mean_interval, "what the verdicts rest on, in points, mean [95 %] (n)"),
 }
 
 

@@ -259,6 +259,52 @@ def test_what_the_scripts_write_is_read(erm_run, tmp_path, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_claims_by_hand():
+    """Each quantity has the sign and the partner that its row says."""
+    run = {
+        "stage": "erm",
+        "groups": ["G0 a", "G1* b"],
+        "reports": {
+            "train": {"n": [10, 10], "correct": [10, 9]},
+            "test": {"n": [10, 10], "correct": [9, 5]},
+        },
+        "lines": {},
+    }
+    gaps = dict(compare.claims_of(run))
+    assert gaps["1: training minus test, G0"] == pytest.approx(10)
+    assert gaps["1: training minus test, G1*"] == pytest.approx(40)
+    columns = {"G0": [-1.0, -1], "G1*": [-8.0, -3]}
+    lines = {
+        "Matrix: gradient of G0": {"G0": [-2.0, -1], "G1*": [-99.0, -9]},
+        "Matrix: gradient of G1": {"G0": [-99.0, -9], "G1*": [-7.0, -3]},
+        "Matrix: gradient of G1, test images": {"G0": [-99.0, -9], "G1*": [-3.0, -3]},
+        "Matrix: magnitude": columns,
+        "Matrix: magnitude, test images": {"G1*": [-10.0, -3]},
+        "Control: gradient minus random ones of the same layers": {"G1*": [-5.0]},
+        "Control: gradient minus random ones of all layers": {"G1*": [-99.0]},
+        "Control: gradient minus random": {"G1*, points": [-0.5], "first third, %": [99.0]},
+        "gradient": {"first third, %": [60.0], "last third, %": [99.0], "G1*, points": [-99.0]},
+        "mass, finetune - erm": {"G0": [99.0], "G1*": [2.0]},
+        "mass, erm-continued - erm": {"G1*": [3.0]},
+    }
+    ranks = {"largest gradient in the upper 5 % by magnitude": 4.0}
+    run = {"stage": "trace", "lines": lines, "ranks": ranks}
+    assert dict(compare.claims_of(run)) == {
+        "2: largest gradient zeroed, G1*": -7,
+        "2: minus random ones of the same layers zeroed, G1*": -5,
+        "3: largest magnitude zeroed, G1*": -8,
+        "4: largest gradient zeroed, G0": -2,
+        "4: largest magnitude zeroed, G0": -1,
+        "5: largest gradient zeroed, training minus test, G1*": -4,
+        "5: largest magnitude zeroed, training minus test, G1*": 2,
+        "6: largest gradient in the upper 5 % by magnitude, %": 4,
+        "7: first third's share of the change, gradient, %": 60,
+        "8: largest gradient of a layer minus random ones, G1*, points": -0.5,
+        "12: mass on the object, after minus before, G1*": 2,
+        "12: mass on the object, minus ERM continued, G1*": -1,
+    }
+
+
 def changes_of(criteria, groups=4):
     """What stage 2 says of every modification that it makes with its default flags."""
     changes = []
@@ -303,7 +349,7 @@ def test_lines_of_a_trace_are_named_as_ever():
     for line, column, (points, _) in compare.cells_of(result):
         lines.setdefault(line, {})[column] = points
     records = compare.read_store(ROOT / "results/numbers.jsonl")
-    older = next(run for run in records if run["stage"] == "trace" and run["run"] == "s0")
+    older = next(run for run in records if run["stage"] == "trace" and run["run"] == "birds0")
     assert set(lines) == {line for line in older["lines"] if not line.startswith("Control")}
 
     def of(**wanted):

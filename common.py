@@ -30,7 +30,6 @@ import unicodedata
 import warnings
 import zipfile
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 import matplotlib
@@ -72,7 +71,7 @@ def reading(path, advice):
     becomes one BadInput that names the file and says what to do. Not for code of our own, whose
     faults should show a traceback."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a named pipe would wait for ever
+        if Path(path).is_fifo():  # to read it would wait for ever
             raise BadInput(f"{path}: not a file; {advice}")
         yield
     except BadInput:
@@ -192,16 +191,17 @@ def read_columns(path, *wanted):
     advice = "expected UTF-8 text, a header and rows; is it cut off, or a quote left open?"
     with reading(path, advice), open(path, encoding="utf-8-sig") as file:
         lines = file.readlines()
-        if path.name.startswith("list_eval") and path.suffix == ".txt":  # has no header
-            rows = (line.split() for line in ["image_id partition", *lines])
-        elif path.name.startswith("list_attr") and path.suffix == ".txt":  # first: number of rows
-            rows = (line.split() for line in [f"image_id {lines[1]}", *lines[2:]])
+        if path.name == "list_eval_partition.txt":  # has no header
+            rows = map(str.split, ["image_id partition", *lines])
+        elif path.name == "list_attr_celeba.txt":  # begins with the number of rows
+            rows = map(str.split, [f"image_id {lines[1]}", *lines[2:]])
         else:
             separator = max(",;\t", key=lines[0].count)
             rows = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
         header = [title.strip() for title in next(rows)]
         places = [find_column(path, header, name) for name in wanted]
-        columns = [[] for _ in wanted]
+        titles = [header[place] for place in places]
+        found = []
         for row in rows:
             if not "".join(row).strip():
                 continue
@@ -210,28 +210,27 @@ def read_columns(path, *wanted):
                     f"{path}: every row needs {len(header)} cells, as the header has; the first "
                     f"that has not is '{','.join(row)[:80]}'"
                 )
-            for cells, place in zip(columns, places, strict=True):
-                cells.append(row[place].strip())
-    titles = [header[place] for place in places]
-    for title, cells in zip(titles, columns, strict=True):
-        if not cells:
-            raise BadInput(f"{path}: it holds no rows")
-        if "" in cells:
-            row = cells.index("") + 1
-            raise BadInput(f"{path}: {title} is empty in row {row}; fill it or take the row out")
-    return titles, columns
+            found.append([row[place].strip() for place in places])
+            if "" in found[-1]:
+                raise BadInput(
+                    f"{path}: {titles[found[-1].index('')]} is empty in row {len(found)}; fill it "
+                    "or take the row out"
+                )
+    if not found:
+        raise BadInput(f"{path}: it holds no rows")
+    return titles, [*zip(*found, strict=True)]
 
 
 def find_column(path, header, name):
     """Place of a column in the header. Raises BadInput unless there is one and only one."""
+    lower = [title.lower() for title in header]
     for title in name.split("|"):
-        found = [i for i, other in enumerate(header) if other == title]
-        if not found:
-            found = [i for i, other in enumerate(header) if other.lower() == title.lower()]
-        if len(found) > 1:
-            raise BadInput(f"{path}: {len(found)} columns are called {title}; rename one")
-        if found:
-            return found[0]
+        for titles, wanted in ((header, title), (lower, title.lower())):
+            n = titles.count(wanted)
+            if n > 1:
+                raise BadInput(f"{path}: {n} columns are called {title}; rename one")
+            if n:
+                return titles.index(wanted)
     raise BadInput(
         f"{path}: no column {name.replace('|', ' or ')} in the header {', '.join(header)[:200]}"
     )
@@ -274,16 +273,15 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
         )
     g = y * len(places) + a
     split = np.array(parts)
-    counts = []
-    for part in range(3):
-        counts.append(np.bincount(g[split == part], minlength=len(classes) * len(places)).tolist())
+    n = len(classes) * len(places)
+    counts = np.bincount(split * n + g, minlength=3 * n).reshape(3, n).tolist()
 
     # Numbers get the names of a known set
-    numbers = [f"{labels[0]}=" in classes[0], f"{labels[1]}=" in places[0]]
-    if numbers == [True, True] and counts == WATERBIRDS:
+    numbers = "=" in classes[0] and "=" in places[0]
+    if numbers and counts == WATERBIRDS:
         classes = ["landbird", "waterbird"]
         places = ["on land", "on water"]
-    elif numbers == [True, True] and tuple(labels) == CELEBA and len(classes) == len(places) == 2:
+    elif numbers and tuple(labels) == CELEBA and len(classes) == len(places) == 2:
         classes = ["non-blond", "blond"]
         places = ["woman", "man"]
 
@@ -332,17 +330,17 @@ def describe_groups(classes, attributes, train_counts):
     """A dict per group: group, name, train_n, minority. A minority group has fewer than half the
     training images of the largest group of its class: G1 and G2 of Waterbirds, G3 of CelebA."""
     groups = []
-    for j, n in enumerate(train_counts):
-        c, b = divmod(j, len(attributes))
-        of_class = train_counts[c * len(attributes) : (c + 1) * len(attributes)]
-        groups.append(
-            {
-                "group": j,
-                "name": f"{classes[c]} {attributes[b]}",
-                "train_n": n,
-                "minority": 2 * n < max(of_class),
-            }
-        )
+    for name in classes:
+        of_class = train_counts[len(groups) :][: len(attributes)]
+        for attribute, n in zip(attributes, of_class, strict=True):
+            groups.append(
+                {
+                    "group": len(groups),
+                    "name": f"{name} {attribute}",
+                    "train_n": n,
+                    "minority": 2 * n < max(of_class),
+                }
+            )
     return groups
 
 
@@ -408,32 +406,28 @@ class Images(Dataset):
         # In evaluation the pixels are always the same. They are kept where three such splits would
         # not fill half of the memory. A worker keeps those of its own batches.
         fits = len(rows) * 3 * size**2 < min(4e9, memory_limit() / 8)
-        self.kept = {} if augment == "none" and views == 1 and fits else None
+        self.keeps = augment == "none" and views == 1 and fits
+        self.kept = {}
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, int(key))
-        return self.pixels(epoch, i), int(self.y[i]), int(self.g[i]), i
-
-    def pixels(self, epoch, i):
-        """The views of an image, uint8 (3, S, S) or (V, 3, S, S)."""
+        x = self.kept.get(i)
+        if x is None:
+            picture = read_image(self.paths[i])
+            views = []
+            with torch.random.fork_rng(devices=[]):
+                for view in range(self.views):
+                    # Of the CPU alone: torch.manual_seed would seed the GPU's dropout as well
+                    torch.default_generator.manual_seed(seed_of(self.seed, epoch, i, view))
+                    views.append(self.transform(picture))
+            x = views[0] if self.views == 1 else torch.stack(views)
         # Only in evaluation (epoch 0): in training every worker would come to keep all images
-        keep = self.kept is not None and epoch == 0
-        if keep and i in self.kept:
-            return self.kept[i]
-        picture = read_image(self.paths[i])
-        views = []
-        with torch.random.fork_rng(devices=[]):
-            for view in range(self.views):
-                # Of the CPU alone: torch.manual_seed would seed the GPU's dropout as well
-                torch.default_generator.manual_seed(seed_of(self.seed, epoch, i, view))
-                views.append(self.transform(picture))
-        x = views[0] if self.views == 1 else torch.stack(views)
-        if keep:
+        if self.keeps and epoch == 0:
             self.kept[i] = x
-        return x
+        return x, int(self.y[i]), int(self.g[i]), i
 
 
 def memory_limit():
@@ -442,8 +436,8 @@ def memory_limit():
     limits = [8e9]  # where nothing can be found out
     with contextlib.suppress(AttributeError, ValueError, OSError):
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    if resource and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    if resource:
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])  # -1: none
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -452,7 +446,7 @@ def memory_limit():
                 for name in ("memory.max", "memory.limit_in_bytes"):
                     with contextlib.suppress(OSError, ValueError):  # "max" is no number
                         limits.append(int((folder / name).read_text()))
-    return min(limits)
+    return min(limit for limit in limits if limit > 0)
 
 
 class EpochOrder(Sampler):
@@ -478,8 +472,8 @@ class EpochOrder(Sampler):
 class Batches:
     """Batches (x, y, g, index) of Images, on the device: x (B, 3, S, S) float and normalised as the
     network takes it, or (B, V, 3, S, S) for V views; y, g and index (B,). Which images: by default
-    all, as they are stored; those of an EpochOrder; or those of parts, index tensors (n,), each of
-    which is cut into batches of its own."""
+    all, as they are stored; those of an order, an EpochOrder or lists of indices; or those of
+    parts, index tensors (n,), each of which is cut into batches of its own."""
 
     def __init__(self, images, device="cpu", batch_size=128, workers=0, order=None, parts=None):
         if order is None:
@@ -490,6 +484,7 @@ class Batches:
         if workers and len(tempfile.gettempdir()) > 60:
             tempfile.tempdir = "/tmp"  # workers make sockets there, whose paths must be short
         self.images = images
+        self.order = order
         self.workers = workers
         self.device = torch.device(device)
         self.mean = torch.tensor(images.mean, device=device)
@@ -509,19 +504,18 @@ class Batches:
 
     def __iter__(self):
         try:
-            for x, *labels in self.loader:
-                # Bytes travel to the device, as numbers would take four times as long
-                x = normalise(self.to_device(x), self.mean, self.std)
-                yield x, *(self.to_device(tensor) for tensor in labels)
+            for batch in self.loader:
+                # Bytes travel, as numbers would take four times as long; on CUDA without waiting:
+                # other devices might copy what is overwritten meanwhile
+                x, *labels = (
+                    tensor.to(self.device, non_blocking=self.loader.pin_memory) for tensor in batch
+                )
+                yield normalise(x, self.mean, self.std), *labels
         except (OSError, EOFError) as error:  # BadInput says what is wrong with an image
             raise BadInput(
                 f"--workers {self.workers}: a worker process cannot be started, or has ended "
                 f"({error}); try --workers 0"
             ) from error
-
-    def to_device(self, tensor):
-        # On CUDA without waiting; other devices might copy what is overwritten meanwhile
-        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 def normalise(x, mean, std):
@@ -541,19 +535,17 @@ def start_worker(_):
         os._exit(1)
 
 
-def sample_groups(g, groups, most=None, whole=(), seed=0):
+def sample_groups(g, groups, most=None, whole=False, seed=0):
     """A list with the indices (n,) of at most `most` images (None: all) of each group, drawn
-    without replacement; of the groups in `whole` always all. g (N,)."""
+    without replacement; with `whole`, always all images of minority groups. g (N,)."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for group in groups:
         members = (g == group["group"]).nonzero()[:, 0]
-        shuffled = members[torch.randperm(len(members), generator=generator)]
-        if group["group"] in whole:
-            shuffled = members
-        else:
-            shuffled = shuffled[:most]
-        parts.append(shuffled.sort().values)
+        drawn = torch.randperm(len(members), generator=generator)
+        if not (whole and group["minority"]):
+            drawn = drawn[:most]
+        parts.append(members[drawn.sort().values])
     return parts
 
 
@@ -608,13 +600,12 @@ def check_patches(model, arch, size):
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.in_channels == 3:
             stride = module.stride[0]
-            kernel = module.kernel_size[0]
             padding = module.padding[0]
-            seen = (size + 2 * padding - kernel) // stride * stride + kernel - padding
-            if size - seen > 1:  # one is lost to many convolutions of stride 2
+            left = (size + 2 * padding - module.kernel_size[0]) % stride - padding
+            if left > 1:  # one is lost to many convolutions of stride 2
                 raise BadInput(
                     f"--size {size}: {arch} cuts images into patches and would not see the last "
-                    f"{size - seen} rows; sizes that fit are {seen} and {seen + stride}"
+                    f"{left} rows; sizes that fit are {size - left} and {size - left + stride}"
                 )
             return
 
@@ -639,7 +630,7 @@ def load_body(model, path):
             state = load_tensors(path)
         for wrapper in ("state_dict", "model_state_dict", "model"):
             state = state.get(wrapper, state)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+        state = timm.models.clean_state_dict(state)  # of what wrappers put in front of names
         convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
         if convert:
             state = convert(state, model)
@@ -662,22 +653,22 @@ def load_checkpoint(path):
     foreign."""
     with reading(path, "train_erm.py and finetune_contrastive.py make such checkpoints"):
         checkpoint = load_tensors(path)
-        about = ("arch", "n_classes", "classes", "size", "mean", "std", "epoch", "data", "args")
-        missing = [key for key in ("model", *about) if key not in checkpoint]
+        keys = "model arch n_classes classes size mean std epoch data args"
+        missing = [key for key in keys.split() if key not in checkpoint]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return checkpoint
 
 
 def load_model(path, device="cpu"):
-    """The model of a finished stage's checkpoint, in eval mode on `device`, and the checkpoint
+    """The model of a checkpoint, in eval mode on `device`, and the checkpoint
     itself. Raises BadInput if it cannot be used, or may still change."""
-    folder = Path(path).parent
+    folder = path.parent
     unfinished = (folder / "args.json").exists() and not (folder / "results.json").exists()
-    if unfinished and Path(path).name == "best.pt":
+    if unfinished and path.name in ("best.pt", "last.pt"):
         raise BadInput(
-            f"{folder} is unfinished, so its best.pt may still change; run its stage to the end, "
-            "or give a copy of best.pt that lies elsewhere"
+            f"{folder} is unfinished, so its {path.name} may still change; run its stage to the "
+            "end, or give a copy that lies elsewhere"
         )
     checkpoint = load_checkpoint(path)
     with reading(path, "its weights do not fit its own description; run its stage again"):
@@ -725,16 +716,23 @@ def open_split(checkpoint, table, split, **options):
     )
 
 
-def evaluation_batches(checkpoint, table, args):
-    """What a training stage evaluates on, {split: Batches}. Test images are looked at here: the end
-    needs them, and a damaged one is better found now than after the last epoch. Raises BadInput."""
+def training_batches(checkpoint, table, args, views=1):
+    """What a training stage learns from, Batches in an order of their own (set train.order.epoch);
+    and what it evaluates on, {split: Batches} of training and validation, and of test. Test images
+    are looked at here: the end needs them, and a damaged one is better found now than after the
+    last epoch. Raises BadInput."""
+    images = open_split(
+        checkpoint, table, "train", augment=args.augment, views=views, seed=args.seed
+    )
+    order = EpochOrder(len(images), args.batch_size, args.seed)
+    train = Batches(images, args.device, workers=args.workers, order=order)
     loaders = {}
     for split in SPLITS:
         images = open_split(checkpoint, table, split)
         loaders[split] = Batches(images, args.device, args.batch_size, args.workers)
     for _ in tqdm(loaders["test"], "look at test images", disable=None, leave=False):
         pass
-    return loaders
+    return train, loaders, {"test": loaders.pop("test")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -768,10 +766,11 @@ def group_report(predicted, y, g, groups):
     rows = []
     weighted = 0.0
     train_n = 0
+    right = predicted == y
     for group in groups:
         member = g == group["group"]
         n = int(member.sum())
-        correct = int((predicted[member] == y[member]).sum())
+        correct = int(right[member].sum())
         rows.append(
             {
                 "group": group["group"],
@@ -790,7 +789,7 @@ def group_report(predicted, y, g, groups):
         "groups": rows,
         "worst_group": worst["group"],
         "acc_worst": worst["acc"],
-        "acc_mean": sum(row["correct"] for row in rows) / sum(row["n"] for row in rows),
+        "acc_mean": int(right.sum()) / len(right),
         "acc_mean_train_mix": weighted / train_n,
     }
 
@@ -810,22 +809,27 @@ def short(group):
     return f"G{group['group']}{'*' if group['minority'] else ''}"
 
 
+def long(group):
+    """'G1* landbird on water'."""
+    return f"{short(group)} {group['name']}"
+
+
 def print_epoch(row, epochs):
     """One line on an epoch of a training stage: loss terms, and group accuracies in %."""
-    terms = " ".join(f"{name} {value:.4f}" for name, value in row["terms"].items())
-    print(f"epoch {row['epoch']}/{epochs} {terms} lr {row['lr']:.1e}", end="")
+    cells = [f"{name} {value:.4f}" for name, value in row["terms"].items()]
+    cells.append(f"lr {row['lr']:.1e}")
     for split in ("train", "val"):
-        print(f" {split}", end="")
+        cells.append(split)
         for group in row[split]["groups"]:
             star = "*" if group["minority"] else ""
-            print(f" {percent(row[split], group['group']):>5s}{star}", end="")
-    print(f" {row['seconds']:.0f} s", flush=True)
+            cells.append(f"{percent(row[split], group['group']):>5s}{star}")
+    print(f"epoch {row['epoch']}/{epochs}", *cells, f"{row['seconds']:.0f} s", flush=True)
 
 
 def print_splits(title, after, before=None):
     """Group accuracies and their means in %, from reports {split: report} of one network, or of one
     before and after; the worst group of each split carries a '<'."""
-    names = {group["group"]: f"{short(group)} {group['name']}" for group in after["test"]["groups"]}
+    names = {group["group"]: long(group) for group in after["test"]["groups"]}
     rows = []
     for key, name in {**names, **MEANS}.items():
         cells = {"group": name}
@@ -851,15 +855,19 @@ def print_rows(title, rows):
     for row in rows:
         cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
         table.append(cells)
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for first, *others in table:
-        print(first.ljust(widths[0]), end="")
-        for cell, width in zip(others, widths[1:], strict=True):
-            print(f"  {cell.rjust(width)}", end="")
-        print()
+        cells = map(str.rjust, others, widths[1:])
+        print(first.ljust(widths[0]), *cells, sep="  ")
 
 
-def plot_epochs(log, selected):
+def selected(log):
+    """The selected epoch, a row of the log: of the highest worst-group accuracy in validation; of
+    equals the first, and never the start."""
+    return max((row for row in log if row["epoch"]), key=lambda row: row["val"]["acc_worst"])
+
+
+def plot_epochs(log):
     """Training and validation accuracy of every group over the epochs of a log, a panel each, and
     the terms of the loss in one more."""
     groups = log[-1]["train"]["groups"]
@@ -870,7 +878,7 @@ def plot_epochs(log, selected):
         for name, style in (("train", {"color": "0.6"}), ("val", {"color": "0.0", "ls": "--"})):
             accuracies = np.array([row[name]["groups"][j]["acc"] for row in log], dtype=float)
             axes[j].plot(epochs, 100 * accuracies, marker=".", ms=3, label=name, **style)
-        axes[j].set(title=f"{short(group)} {group['name']}", ylim=(-3, 103))
+        axes[j].set(title=long(group), ylim=(-3, 103))
     axes[0].set_ylabel("accuracy (%)")
     axes[0].legend(loc="lower right", fontsize=8)
     for i, name in enumerate(log[-1]["terms"]):
@@ -881,9 +889,22 @@ def plot_epochs(log, selected):
     axes[-1].legend(fontsize=8)
     for ax in axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.axvline(selected, color="0.8", ls=":", zorder=0)
+        ax.axvline(selected(log)["epoch"], color="0.8", ls=":", zorder=0)
         ax.set_xlabel("epoch")
     return fig
+
+
+def plot_layers(ax, values, rows, layers, most, texts):
+    """A heat map of values (rows, layers), grey up to `most`, layers in network order, with a text
+    in some cells, {(i, j): text}. Returns what a colour bar needs."""
+    image = ax.imshow(values, cmap="Greys", vmin=0, vmax=most, aspect="auto")
+    for (i, j), text in texts.items():
+        colour = "white" if values[i, j] > most / 2 else "black"
+        ax.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    ticks = [layer.removesuffix(".weight") for layer in layers]
+    ax.set_xticks(range(len(layers)), ticks, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    return image
 
 
 # ------------------------------------------------------------------------------------------------
@@ -891,9 +912,9 @@ def plot_epochs(log, selected):
 # ------------------------------------------------------------------------------------------------
 
 # This section needs contextlib, torch and numpy (np) alone. Take all of it, or single functions:
-# prunable_weights needs head_names, mean_gradient needs evaluating, score_neurons needs CRITERIA
-# and needs_gradient, top_neurons needs locate, and count_right needs evaluating, full_passes and
-# modified.
+# prunable_weights needs head_names and LAYERS, mean_gradient needs evaluating, score_neurons needs
+# CRITERIA, top_neurons needs locate, count_right needs evaluating, full_passes and modified, and
+# count_planned needs count_right.
 #
 # A neuron is a pair (parameter name, index), such as ("layer4.2.conv3.weight", 12). With the unit
 # "channel" it is weight[12], an output filter of a convolution or an output row of a linear layer
@@ -910,13 +931,21 @@ CRITERIA = {  # what stands for a neuron, from its weight z and its gradient v: 
 }
 
 
+LAYERS = (
+    torch.nn.Conv1d,
+    torch.nn.Conv2d,
+    torch.nn.Conv3d,
+    torch.nn.Linear,
+    torch.nn.MultiheadAttention,
+)
+
+
 def head_names(model):
     """Names of the layers that give the logits: model.pretrained_cfg["classifier"], which timm sets
     (one name or several), else the linear layer or convolution that was registered last."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier")
     if not names:
-        kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-        names = [name for name, module in model.named_modules() if isinstance(module, kinds)][-1:]
+        names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)][-1:]
     return (names,) if isinstance(names, str) else tuple(names)
 
 
@@ -927,20 +956,15 @@ def prunable_weights(model):
     none."""
     convolutions = {}
     linear = {}
-    left_out = set()  # of the heads, and what has a name already where layers share a weight
+    heads = set()
     for name in head_names(model):
-        left_out.update(id(weight) for weight in model.get_submodule(name).parameters())
-    for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
-            kind = convolutions
-        elif isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention)):
-            kind = linear
-        else:
-            continue
-        for part, weight in module.named_parameters(recurse=False):
-            if part.endswith("weight") and id(weight) not in left_out:
-                kind[f"{name}.{part}"] = weight
-                left_out.add(id(weight))
+        heads.update(model.get_submodule(name).parameters())
+    for name, weight in model.named_parameters():  # what layers share has one name
+        layer, _, part = name.rpartition(".")
+        holds = isinstance(model.get_submodule(layer), LAYERS) and part.endswith("weight")
+        if holds and weight not in heads:
+            kind = convolutions if weight.dim() > 2 else linear
+            kind[name] = weight
     weights = max(convolutions, linear, key=lambda kind: sum(w.numel() for w in kind.values()))
     if not weights:
         raise ValueError("this network has no convolution and no linear layer before its head")
@@ -975,41 +999,33 @@ def mean_gradient(model, weights, batches):
     as they were. Raises ValueError if there is no image."""
     # The same weights under another name, so that frozen ones have a gradient too
     z = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     n = 0
     with evaluating(model), torch.enable_grad():
         for x, y, *_ in batches:
             logits = torch.func.functional_call(model, z, (x,)).float()
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
-            # A branch that eval mode skips has a gradient of 0
-            gradients = torch.autograd.grad(
-                loss, list(z.values()), allow_unused=True, materialize_grads=True
-            )
-            for name, gradient in zip(z, gradients, strict=True):
-                total[name] += gradient
+            loss.backward(inputs=list(z.values()))  # adds to their .grad, and to no other
             n += len(y)
     if n == 0:
         raise ValueError("no image to take the gradient of")
-    return {name: gradient / n for name, gradient in total.items()}
+    # A branch that eval mode skips has a gradient of 0
+    return {name: torch.zeros_like(w) if w.grad is None else w.grad / n for name, w in z.items()}
 
 
 def needs_gradient(criterion):
     """Whether a criterion depends on the gradient, so that every group has neurons of its own."""
     z = torch.tensor([1.0, 2.0])
-    one = CRITERIA[criterion](z, torch.tensor([3.0, -5.0]))
-    other = CRITERIA[criterion](z, torch.tensor([-7.0, 11.0]))
-    return not torch.equal(one, other)
+    gradients = torch.tensor([[3.0, -5.0], [-7.0, 11.0]])
+    return not torch.equal(*(CRITERIA[criterion](z, v) for v in gradients))
 
 
 def score_neurons(weights, gradients, criterion, unit="channel"):
     """Score of every neuron, {parameter name: (n,)}: the l2 norm of what CRITERIA[criterion] makes
     of its weight and its gradient. gradients: what mean_gradient gives, or {} for criteria that
     need none."""
-    with_gradient = needs_gradient(criterion)
     scores = {}
     for name, weight in weights.items():
-        gradient = gradients[name] if with_gradient else None
-        value = CRITERIA[criterion](weight.detach(), gradient)
+        value = CRITERIA[criterion](weight.detach(), gradients.get(name))
         if unit == "channel":
             scores[name] = value.flatten(1).norm(dim=1)
         else:
@@ -1026,10 +1042,8 @@ def top_neurons(scores, k):
         raise ValueError(f"top {k} of {len(flat)} neurons: expected 1 to {len(flat)}")
     if flat.isnan().any():
         raise ValueError("a score is not a number, so neurons cannot be compared")
-    # The k-th largest first, as numpy is faster at it than topk; then what is as large is sorted
-    rounded = flat.float().cpu().numpy()
-    least = float(np.partition(rounded, -k)[-k])
-    places = (flat.float() >= least).nonzero()[:, 0]
+    # Of equals topk may take any: so all that are as large as the k-th largest or larger, sorted
+    places = (flat >= flat.topk(k).values[-1]).nonzero()[:, 0]
     places = places[flat[places].sort(descending=True, stable=True).indices[:k]]
     return locate(places.tolist(), {name: len(values) for name, values in scores.items()})
 
@@ -1037,11 +1051,14 @@ def top_neurons(scores, k):
 def locate(places, counts):
     """Places among the neurons of all layers, {parameter name: n}, as a list of (parameter name,
     index)."""
-    names = list(counts)
-    starts = np.cumsum([0, *counts.values()])
-    layers = np.searchsorted(starts, places, side="right") - 1
-    indices = np.array(places, dtype=np.int64) - starts[layers]
-    return [(names[i], index) for i, index in zip(layers, indices.tolist(), strict=True)]
+    found = []
+    for place in places:
+        for name, n in counts.items():
+            if place < n:
+                break
+            place -= n
+        found.append((name, int(place)))
+    return found
 
 
 def neuron_masks(weights, neurons, unit="channel"):
@@ -1073,7 +1090,8 @@ def modified(weights, neurons, how="zero", sigma=0.0, seed=0, unit="channel"):
     (random-noise), epsilon ~ N(0, sigma^2) drawn on the CPU in the order of `neurons`; after it the
     weights are what they were, bit for bit, whatever happened. For evaluation alone: what is
     computed inside has no gradient afterwards, and in training mode BatchNorm's statistics would
-    move. Raises ValueError for another `how`, or noise of 0."""
+    move. Raises ValueError for another `how`, or noise without a
+    sigma above 0."""
     if how not in ("zero", "random-init", "random-noise") or (how != "zero" and not sigma > 0):
         raise ValueError(f"{how} with sigma {sigma}: expected zero, or noise with sigma > 0")
     generator = torch.Generator().manual_seed(seed)
@@ -1108,22 +1126,22 @@ def full_passes(model, x, variants, weights, unit="channel"):
 def count_right(model, batches, variants, weights, unit="channel", passes=full_passes):
     """How many images the model gets right as it is and under each variant (see full_passes), over
     batches (x, y, g, ...): for every variant {group: {n, correct_before, correct_after, and of the
-    images that changed to_wrong, to_right}}. Memory does not grow with the number of variants."""
+    images that changed to_wrong, to_right}}. Memory hardly grows with the number of variants, of
+    which only the logits are kept."""
     counts = [{} for _ in variants]
     with evaluating(model), torch.inference_mode():
         for x, y, g, *_ in batches:
             logits, found = passes(model, x, variants, weights, unit)
             right = torch.stack([logits, *found]).argmax(2) == y  # (1 + V, B)
-            right_after = right[1:]
-            right_before = right[:1].expand_as(right_after)
             for group in g.unique().tolist():
-                member = g == group
+                after = right[1:, g == group]
+                before = right[:1, g == group].expand_as(after)
                 of_images = {
-                    "n": member.expand_as(right_after),
-                    "correct_before": right_before & member,
-                    "correct_after": right_after & member,
-                    "to_wrong": right_before & ~right_after & member,
-                    "to_right": ~right_before & right_after & member,
+                    "n": torch.ones_like(after),
+                    "correct_before": before,
+                    "correct_after": after,
+                    "to_wrong": before & ~after,
+                    "to_right": ~before & after,
                 }
                 # All sums at once, (V, 5), as each question to a GPU takes a wait
                 sums = torch.stack(list(of_images.values()), 1).sum(2).tolist()
@@ -1132,6 +1150,21 @@ def count_right(model, batches, variants, weights, unit="channel", passes=full_p
                     for key, n in zip(of_images, row, strict=True):
                         total[key] += n
     return counts
+
+
+def count_planned(model, planned, batches, weights, unit, passes, **columns):
+    """Rows on planned networks, dicts: what `row` says of each, the columns, and what count_right
+    finds of every group it is planned for (`groups`) under its `variant`. batches: of each group;
+    one without an image has no row."""
+    rows = []
+    for group, of_group in enumerate(batches):
+        asked = [plan for plan in planned if group in plan["groups"]]
+        variants = [plan["variant"] for plan in asked]
+        found = count_right(model, of_group, variants, weights, unit, passes)
+        for plan, by_group in zip(asked, found, strict=True):
+            if group in by_group:
+                rows.append({**plan["row"], **columns, "group": group, **by_group[group]})
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1161,7 +1194,8 @@ class OnePass:
 
 
 def trace_graph(model, x):
-    """The network as a torch.fx graph; None, with a warning, where that gives other logits."""
+    """The network as a torch.fx graph; None, with a warning, where it
+    cannot be traced or gives other logits."""
     with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
         traced = torch.fx.GraphModule(model, Tracer().trace(model))
         traced.rests = {}  # {node: the network from there on}
@@ -1193,12 +1227,12 @@ class Fork(torch.fx.Interpreter):
             self.changed[number] = {id(weights[name]) for name, _ in variant["neurons"]}
 
     def run_node(self, node):
-        used = set()
+        used = []
         if node.op == "call_module":
-            module = self.module.get_submodule(node.target)
-            used = {id(weight) for weight in module.parameters()}
+            used = self.fetch_attr(node.target).parameters()
         elif node.op == "get_attr":
-            used = {id(attrgetter(node.target)(self.module))}
+            used = [self.fetch_attr(node.target)]
+        used = {id(weight) for weight in used}
         for number in [n for n in self.waiting if self.changed[n] & used]:
             variant = self.waiting.pop(number)
             rest, inputs, outputs = self.rest_from(node)
@@ -1307,8 +1341,9 @@ def add_tracing_flags(p):
 
 
 def open_traced(args):
-    """What stages 2 and 3 trace: model, checkpoint, table, the weights that hold neurons and how
-    many neurons each has. Fills in the arguments that were left out, and prints them."""
+    """What stages 2 and 3 trace: model, checkpoint, table, the weights that hold neurons, how many
+    neurons each has, and what results.json says of all this. Fills in the arguments that were left
+    out, and prints them."""
     args.checkpoint = args.checkpoint or args.run / "erm" / "best.pt"
     model, checkpoint, table = reopen(args.checkpoint, args.data, args.device)
     if args.max_per_group is None and is_built_in(table):
@@ -1319,7 +1354,16 @@ def open_traced(args):
     counts = count_neurons(weights, args.unit)
     print_settings(args)
     print(f"{sum(counts.values())} neurons ({args.unit}s) in {len(counts)} layers")
-    return model, checkpoint, table, weights, counts
+    about = {
+        "source": table.source,
+        "arch": checkpoint["arch"],
+        "checkpoint": str(args.checkpoint),
+        "epoch": checkpoint["epoch"],
+        "erm": checkpoint.get("erm"),
+        "network": fingerprint_of(model),
+        "unit": args.unit,
+    }
+    return model, checkpoint, table, weights, counts, about
 
 
 def number(kind, low, high=math.inf):
@@ -1423,19 +1467,20 @@ def encode(name, content):
             content.savefig(buffer, dpi=120, format=kind[1:])
         if any("Glyph" in str(warning.message) for warning in caught):
             warn(f"{name}: some characters are boxes, as no font here has them")
-    elif kind == ".json":
-        buffer.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    elif kind == ".jsonl":
-        for row in content:
-            buffer.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-    elif kind == ".csv":
-        text = io.StringIO(newline="")
-        rows = csv.DictWriter(text, content[0].keys() if content else [])
-        rows.writeheader()
-        rows.writerows(content)
-        buffer.write(text.getvalue().encode())
     else:
-        buffer.write(content.encode())
+        text = io.StringIO(newline="")
+        if kind == ".json":
+            print(json.dumps(content, indent=1, allow_nan=False), file=text)
+        elif kind == ".jsonl":
+            for row in content:
+                print(json.dumps(row, allow_nan=False), file=text)
+        elif kind == ".csv":
+            rows = csv.DictWriter(text, content[0].keys() if content else [])
+            rows.writeheader()
+            rows.writerows(content)
+        else:
+            text.write(content)
+        buffer.write(text.getvalue().encode())
     return buffer.getbuffer()
 
 
@@ -1443,7 +1488,6 @@ def write(folder, files):
     """Write files, {name: content}, together: whatever happens, on a full disk or after a kill, no
     file is half-written, and where results.json stands, what was written with it is whole. Content:
     see `encode`; of None the file is deleted, as it shows something older. Raises BadInput."""
-    folder = Path(folder)
     made = {}  # {path: the new content, in a file beside it}
     try:
         for name, content in files.items():
@@ -1548,14 +1592,16 @@ def changed_settings(folder, args, defaults, inputs):
             if value != known[key] and not left_out and not longer:
                 changed.append(f"{key} {known[key]}, now {value}")
         for key, value in inputs.items():
-            if value is not None and value != before["inputs"].get(key, value):
+            known_value = before["inputs"].get(key)
+            if None not in (value, known_value) and value != known_value:
                 changed.append(f"the {key} changed")
     return changed
 
 
 def earlier_run(folder, args, defaults, names, test_labels, **inputs):
     """Where an earlier run left a training stage: (None, None) if it starts now, (last, None) with
-    the content of last.pt if it goes on from there, (None, results) with that of results.json if it
+    the content of last.pt if it goes on from there (or lacks no more than a figure or the numbers
+    of other test images), (None, results) with that of results.json if it
     is finished. It only reads. names: the files of the stage; test_labels: their fingerprint, as
     results.json holds for these test images alone; defaults, inputs: see changed_settings. Raises
     BadInput if the folder holds a run of other settings or inputs."""
@@ -1567,11 +1613,12 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
     finished = False
     if ended:
         results = read_json(folder / "results.json")
-        figures = [folder / name for name in names if name.endswith(".png")]
         with reading(folder / "results.json", "use --overwrite or another --run"):
-            same_test = results.get("test_labels", test_labels) == test_labels
-            finished = same_test and results["epochs"] >= args.epochs
-            finished = finished and all(path.exists() for path in figures)
+            finished = (
+                results["epochs"] >= args.epochs
+                and results.get("test_labels", test_labels) == test_labels
+                and all((folder / name).exists() for name in names if name.endswith(".png"))
+            )
     if args.overwrite and (changed or finished):
         return None, None  # while an unfinished run of these settings goes on
     if changed:
@@ -1586,16 +1633,41 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
 
 
 def restore(folder, last, model, optimizer, scheduler):
-    """Bring a training stage back to where last.pt left it; returns its log and its best epoch.
-    Raises BadInput, also if best.pt is lost, as the end needs it."""
+    """Bring a training stage back to where last.pt left it; returns its log. Raises BadInput, also
+    if best.pt is lost, as the end needs it."""
     with reading(folder / "last.pt", "use --overwrite"):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
         log = last["log"]
-        best = last["best"]
     load_checkpoint(folder / "best.pt")
-    return log, best
+    return log
+
+
+def save_epoch(folder, checkpoint, log, optimizer, scheduler, files, **more):
+    """Write what an epoch of a training stage came to, and further files. last.pt holds the log
+    (and `more`) as well, so that log and weights cannot disagree."""
+    last = {
+        **checkpoint,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "log": log,
+        **more,
+    }
+    best = {"best.pt": checkpoint} if selected(log) is log[-1] else {}
+    write(folder, {"log.jsonl": log, **files, **best, "last.pt": last})
+
+
+def measure_selected(folder, model, test, table, log):
+    """What results.json says of the selected epoch. The accuracy of the test split is measured here
+    and nowhere else."""
+    model.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
+    reports, _ = evaluate(model, test, table.groups)
+    row = selected(log)
+    return {
+        "selected_epoch": row["epoch"],
+        "splits": {"train": row["train"], "val": row["val"], **reports},
+    }
 
 
 def begin(folder, args, names, last, **inputs):

@@ -15,10 +15,10 @@ learns the labels (eq. 2.2, 2.3):
     loss = NT-Xent(r, r_p) + lambda * ||r - one-hot(y)||^2
 
 Starts from a checkpoint of RUN/erm and writes RUN/NAME/: args.json, log.jsonl, masked.csv, best.pt,
-last.pt, results.json and curves.png. The same command again continues an interrupted
-run.
+last.pt, results.json and curves.png. The same command again continues an interrupted run.
 """
 
+import json
 import math
 import sys
 import time
@@ -188,11 +188,11 @@ def critical_neurons(model, weights, images, logits, args, epoch):
             batches = common.Batches(images, args.device, args.batch_size, parts=[worst])
             gradients = common.mean_gradient(model, weights, batches)
         scores = common.score_neurons(weights, gradients, criterion, args.unit)
-        sign = 1 if args.order == "largest" else -1
-        signed = {name: sign * values for name, values in scores.items()}
-        for name, index in common.top_neurons(signed, k):
+        if args.order == "smallest":
+            scores = {name: -values for name, values in scores.items()}
+        for name, index in common.top_neurons(scores, k):
             row = {"criterion": criterion, "parameter": name, "index": index}
-            rows.append({**row, "score": float(scores[name][index])})
+            rows.append({**row, "score": abs(float(scores[name][index]))})
     return rows
 
 
@@ -201,8 +201,7 @@ def auxiliary(model, x, masks):
     masks multiply the same parameters, so gradients meet in shared weights. In training mode
     BatchNorm normalises by the batch, and what this pass would do to its running statistics is
     thrown away."""
-    parameters = dict(model.named_parameters())
-    masked = {name: parameters[name] * mask for name, mask in masks.items()}
+    masked = {name: model.get_parameter(name) * mask for name, mask in masks.items()}
     scratch = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return torch.func.functional_call(model, {**masked, **scratch}, (x,))
 
@@ -271,28 +270,17 @@ def main(args):
         return
 
     # Optimizer, and where an interrupted run left it
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
     log = []
-    best = {"epoch": 0, "score": -1.0}
     masked = []  # rows of masked.csv, of all epochs
     if last:
-        log, best = common.restore(folder, last, model, optimizer, scheduler)
+        log = common.restore(folder, last, model, optimizer, scheduler)
         masked = last.get("masked", [])  # which an older version does not have
 
-    # Batches of training, in an order of their own, and of evaluation
-    augmented = common.open_split(
-        start,
-        table,
-        "train",
-        augment=args.augment,
-        views=2 if args.method == "contrastive" and args.views == "two" else 1,
-        seed=args.seed,
-    )
-    order = common.EpochOrder(len(augmented), args.batch_size, args.seed)
-    train = common.Batches(augmented, args.device, workers=args.workers, order=order)
-    loaders = common.evaluation_batches(start, table, args)
-    test = {"test": loaders.pop("test")}
+    # What is learned from, and what is evaluated on
+    views = 2 if args.method == "contrastive" and args.views == "two" else 1
+    train, loaders, test = common.training_batches(start, table, args, views)
     common.begin(folder, args, FILES, last, **inputs)
 
     reports, logits = common.evaluate(model, loaders, table.groups)
@@ -313,7 +301,7 @@ def main(args):
         # Order, augmentation and dropout follow from (seed, epoch), so a continued run sees the
         # same as one that was never interrupted
         torch.manual_seed(common.seed_of(args.seed, epoch))
-        order.epoch = epoch
+        train.order.epoch = epoch
         model.train()
         sums = {}
         n = 0
@@ -347,7 +335,6 @@ def main(args):
         log.append(row)
         common.print_epoch(row, args.epochs)
 
-        # Checkpoints. last.pt holds the log as well, so that log and weights cannot disagree
         about = ("arch", "n_classes", "classes", "size", "mean", "std")
         checkpoint = {
             **{key: start[key] for key in about},
@@ -357,27 +344,13 @@ def main(args):
             "epoch": epoch,
             "model": model.state_dict(),
         }
-        files = {"log.jsonl": log, "masked.csv": masked}
-        if reports["val"]["acc_worst"] > best["score"]:
-            best = {"epoch": epoch, "score": reports["val"]["acc_worst"]}
-            files["best.pt"] = checkpoint
-        files["last.pt"] = {
-            **checkpoint,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "log": log,
-            "best": best,
-            "masked": masked,
-        }
-        common.write(folder, files)
+        files = {"masked.csv": masked}
+        common.save_epoch(folder, checkpoint, log, optimizer, scheduler, files, masked=masked)
 
-    # The accuracy of the test split is measured here and nowhere else: for the selected epoch, and
-    # for the start as it was when it was read
-    model.load_state_dict(common.load_checkpoint(folder / "best.pt")["model"])
-    best_test, _ = common.evaluate(model, test, table.groups)
+    # The selected epoch and, to compare, the start as it was when it was read
+    selected = common.measure_selected(folder, model, test, table, log)
     model.load_state_dict(start["model"])
     start_test, _ = common.evaluate(model, test, table.groups)
-    selected = log[best["epoch"]]
     results = {
         "stage": "finetune",
         "source": table.source,
@@ -386,29 +359,27 @@ def main(args):
         "start_epoch": start["epoch"],
         "method": args.method,
         "epochs": args.epochs,
-        "selected_epoch": best["epoch"],
         "before": {"train": log[0]["train"], "val": log[0]["val"], **start_test},
-        "splits": {"train": selected["train"], "val": selected["val"], **best_test},
+        **selected,
         "erm": erm,
         "test_labels": test_labels,
     }
     common.write(folder, {"results.json": results})
     print_table(results)
-    common.write(folder, {"curves.png": common.plot_epochs(log, best["epoch"])})
+    common.write(folder, {"curves.png": common.plot_epochs(log)})
     print(f"wrote {folder}/")
 
 
 def starting_point(args):
-    """--checkpoint, RUN/erm/epoch_N.pt or, where ERM did not keep it, best.pt. Raises BadInput."""
+    """--checkpoint, or the epoch of --kick-in, by default 40 % of ERM's epochs; best.pt where that
+    one was not kept. Raises BadInput."""
     folder = args.run / "erm"
     if args.checkpoint:
         return args.checkpoint
     if args.kick_in:
         return folder / f"epoch_{args.kick_in:03d}.pt"
-    if not (folder / "args.json").exists():
-        raise BadInput(f"{folder} holds no run; run train_erm.py first, or give --checkpoint")
-    with common.reading(folder / "args.json", "give --kick-in or --checkpoint"):
-        epochs = common.read_json(folder / "args.json")["args"]["epochs"]
+    with common.reading(folder / "args.json", "run train_erm.py first, or give --checkpoint"):
+        epochs = json.loads((folder / "args.json").read_text())["args"]["epochs"]
         kick_in = max(1, epochs * 2 // 5)
     path = folder / f"epoch_{kick_in:03d}.pt"
     if path.exists():

@@ -5,8 +5,8 @@
     python gradcam.py --run runs/wb0 --after runs/wb0/finetune*/best.pt
 
 Paper: section 2.2.4, Figure 10. For some test images of the minority groups: the image and the maps
-of the ERM network and of the fine-tuned one. Where masks of the object exist, also over the whole
-test split and per group: the share of a map's mass inside the object and the pointing game, beside
+of the ERM network and of the fine-tuned one. Where masks of the object exist, for every group and
+over all its test images: the share of a map's mass inside the object and the pointing game, beside
 two controls: ERM's network with an untrained head, a centred Gaussian. Writes RUN/gradcam/:
 args.json, focus.csv (with masks), results.json and fig10_gradcam.png.
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
-from common import BadInput, short
+from common import BadInput
 
 FILES = ("args.json", "focus.csv", "results.json", "fig10_gradcam.png")
 MEASURES = ("mass", "pointing")  # share of mass inside the object, pointing game
@@ -101,34 +101,33 @@ def main(args):
     layer = choose_layer(args.layer, models[before], checkpoint["arch"])
     grid = check_layer(models[before], layer, checkpoint["size"])
     place = layer or "the last feature map"
-    print(f"Grad-CAM of {place} ({grid[0]} x {grid[1]}), {explained}")
+    heading = f"Grad-CAM of {place} ({grid[0]} x {grid[1]}), {explained}"
+    print(heading)
     test = common.open_split(checkpoint, table, "test")
     folder = args.run / "gradcam"
     common.open_folder(folder, FILES)
 
     # The picture: a seeded choice of images
     index = choose_images(test, table.groups, args.n, args.seed)
-    chosen = common.Batches(test, args.device, len(index), parts=[torch.tensor(index)])
+    ((x, y, *_),) = common.Batches(test, args.device, order=[index])
     shapes = object_masks(test, index, args.masks) if args.masks else None
     shown = {}
     for name, model in models.items():
-        for x, y, *_ in chosen:
-            shown[name] = explain(model, x, y, layer, args.target)
+        shown[name] = explain(model, x, y, layer, args.target)
     images = []
     for i, at in enumerate(index):
-        group = table.groups[int(test.g[at])]
         networks = {}
         for name, (maps, logits) in shown.items():
             confidence, predicted = logits[i].softmax(0).max(0)
             networks[name] = {
                 "predicted": int(predicted),
                 "confidence": round(float(confidence), 4),
-                "empty": bool(is_empty(maps[i : i + 1])),
+                "empty": bool(is_empty(maps)[i]),
             }
         images.append(
             {
                 "file": test.files[at],
-                "caption": f"{short(group)} {group['name']}",
+                "caption": common.long(table.groups[test.g[at]]),
                 "label": int(test.y[at]),
                 "networks": networks,
             }
@@ -173,12 +172,11 @@ def main(args):
         },
     )
     if args.masks:
-        common.print_rows("Focus on the object over the test split, with 95 % intervals", rows)
+        common.print_rows("Focus on the object over test images, with 95 % intervals", rows)
     else:
         print("nothing measured: no object masks (--masks DIR)")
 
     pictures = [test[i][0] for i in index]
-    heading = f"Grad-CAM of {place}, {explained}"
     figure = plot_images(pictures, shown, images, shapes, classes, heading)
     common.write(folder, {"fig10_gradcam.png": figure})
     print(f"wrote {folder}/")
@@ -213,23 +211,17 @@ def activations(model, x, layer=None, target=None, channels_last=None):
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # the rest of the network may overwrite it, as by an in-place ReLU
 
-    hook = None
-    if layer is not None:
-        hook = model.get_submodule(layer).register_forward_hook(cut)
-    try:
-        with common.evaluating(model), torch.inference_mode(False), torch.no_grad():
-            if layer is not None:
+    with common.evaluating(model), torch.inference_mode(False), torch.no_grad():
+        if layer is None:
+            logits = model.forward_head(cut(None, None, model.forward_features(x)))
+        else:
+            with model.get_submodule(layer).register_forward_hook(cut):  # removed at the end
                 logits = model(x)
-            else:
-                logits = model.forward_head(cut(None, None, model.forward_features(x)))
-            if not kept:
-                raise ValueError(f"{layer}: not run in the forward pass")
-            classes = logits.argmax(1) if target is None else torch.as_tensor(target).to(x.device)
-            logit = logits.gather(1, classes.expand(len(x))[:, None]).sum()
-            (gradient,) = torch.autograd.grad(logit, kept)
-    finally:
-        if hook:
-            hook.remove()
+        if not kept:
+            raise ValueError(f"{layer}: not run in the forward pass")
+        classes = logits.argmax(1) if target is None else torch.as_tensor(target).to(x.device)
+        logit = logits.gather(1, classes.expand(len(x))[:, None]).sum()
+        (gradient,) = torch.autograd.grad(logit, kept)
     if channels_last is None:
         channels_last = gives_channels_last(model, layer)
     activation = as_grid(model, kept[0].detach().float(), channels_last)
@@ -403,12 +395,11 @@ def focus_rows(scores, area, g, groups, before, after, seed):
 
 def load_networks(args):
     """{name: model} with the earlier one first, its checkpoint and its data. A network is called by
-    the folder of its checkpoint."""
+    the folder of its checkpoint or, where folders do not tell them apart, by its path."""
     model, checkpoint, table = common.reopen(args.before, args.data, args.device)
     paths = [args.before, *args.after]
     names = [path.resolve().parent.name for path in paths]
-    controls = ("random head", "gaussian")
-    if len({*names, *controls}) < len(names) + len(controls):
+    if len({*names, "random head", "gaussian"}) < len(names) + 2:  # as the controls are called
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise BadInput(f"--before and --after name one checkpoint twice: {', '.join(names)}")
@@ -417,7 +408,7 @@ def load_networks(args):
         models[name], other = common.load_model(path, args.device)
         if any(other[key] != checkpoint[key] for key in ("arch", "size", "classes")):
             raise BadInput(f"{path} and {args.before} must be alike in arch, size and classes")
-        if common.erm_of(other) != common.erm_of(checkpoint):
+        if common.erm_of(other)["id"] != common.erm_of(checkpoint)["id"]:
             common.warn(
                 f"{path} did not start from the training that {args.before} is of; was ERM run "
                 "again since?"
@@ -507,25 +498,16 @@ def plot_images(pictures, shown, images, shapes, classes, heading):
         for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items(), strict=True):
             says = row["networks"][name]
             ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
+            answer = f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %"
+            if says["predicted"] != row["label"]:
+                answer += " (wrong)"
             if says["empty"]:
-                ax.text(
-                    0.5,
-                    0.5,
-                    "map is empty",
-                    transform=ax.transAxes,
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    backgroundcolor="white",
-                )
+                answer += "\nmap is empty"
             else:
                 scaled = (maps[i] / maps[i].max()).numpy()
                 heat = ax.imshow(scaled, cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
-            answer = f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %"
-            if says["predicted"] != row["label"]:
-                answer += " (wrong)"
             ax.set_xlabel(answer, fontsize=7)
     for ax, name in zip(axes[:, 0], ["image", *shown], strict=True):
         ax.set_ylabel(name, fontsize=9)

@@ -41,32 +41,30 @@ def parse_args(argv=None):
 
 def main(args):
     # The network, its data and a sample of each group
-    model, checkpoint, table, weights, counts = common.open_traced(args)
+    model, checkpoint, table, weights, counts, about = common.open_traced(args)
     groups = table.groups
     folder = args.run / "structured"
     common.open_folder(folder, FILES)
     train = common.open_split(checkpoint, table, "train")
-    minority = [group["group"] for group in groups if group["minority"]]
-    index = common.sample_groups(train.g, groups, args.max_per_group, minority, args.seed)
-
     batches = []
-    for members in index:
+    for members in common.sample_groups(
+        train.g, groups, args.max_per_group, whole=True, seed=args.seed
+    ):
         batches.append(
             common.Batches(train, args.device, args.batch_size, args.workers, parts=[members])
         )
 
     # Scores of all neurons: for each group or, where a criterion needs no gradient, for all of
     # them; the random ones are those of largest random score
+    gradients = {"all": {}}
+    for j, of_group in enumerate(batches):
+        gradients[j] = common.mean_gradient(model, weights, of_group)
     scores = {}
     for criterion in common.CRITERIA:
-        if not common.needs_gradient(criterion):
-            scores[criterion, "all"] = common.score_neurons(weights, {}, criterion, args.unit)
-    for j in range(len(groups)):
-        gradients = common.mean_gradient(model, weights, batches[j])
-        for criterion in common.CRITERIA:
-            if common.needs_gradient(criterion):
-                scores[criterion, j] = common.score_neurons(
-                    weights, gradients, criterion, args.unit
+        for by, gradient in gradients.items():
+            if (by == "all") != common.needs_gradient(criterion):
+                scores[criterion, by] = common.score_neurons(
+                    weights, gradient, criterion, args.unit
                 )
     rng = np.random.default_rng(args.seed)
     for i in range(args.controls):
@@ -74,46 +72,34 @@ def main(args):
         scores["random", f"set {i}"] = drawn
 
     # The top neurons of each layer are zeroed, those of a group on its own images alone
-    rows = []
-    passes = common.OnePass()
-    for group in range(len(groups)):
-        asked = []
-        variants = []
-        for layer, n in counts.items():
-            for (criterion, by), values in scores.items():
-                if isinstance(by, str) or by == group:
-                    neurons = common.top_neurons({layer: values[layer]}, min(args.k, n))
-                    asked.append({"parameter": layer, "criterion": criterion, "selected_by": by})
-                    variants.append({"neurons": neurons})
-        found = common.count_right(model, batches[group], variants, weights, args.unit, passes)
-        for row, variant, by_group in zip(asked, variants, found, strict=True):
-            images = by_group[group]
-            points = 100 * (images["correct_after"] - images["correct_before"]) / images["n"]
-            rows.append(
+    planned = []
+    for layer, n in counts.items():
+        k = min(args.k, n)
+        for (criterion, by), values in scores.items():
+            planned.append(
                 {
-                    **row,
-                    "k": len(variant["neurons"]),
-                    "group": group,
-                    **images,
-                    "change_percent": round(points, 4),
+                    "row": {"parameter": layer, "criterion": criterion, "selected_by": by, "k": k},
+                    "groups": range(len(groups)) if isinstance(by, str) else [by],
+                    "variant": {"neurons": common.top_neurons({layer: values[layer]}, k)},
                 }
             )
+    passes = common.OnePass()
+    rows = common.count_planned(model, planned, batches, weights, args.unit, passes)
+    for row in rows:
+        points = 100 * (row["correct_after"] - row["correct_before"]) / row["n"]
+        row["change_percent"] = round(points, 4)
 
     # The heat map and its summary; numbers first, so that they do not depend on the figure
     heat = {}
     summary = {}
     for criterion in (*common.CRITERIA, "random"):
-        heat[criterion] = heat_map(rows, criterion, list(counts), groups)
+        # Rows lie by group, layer and set: the mean is over random sets
+        changes = [row["change_percent"] for row in rows if row["criterion"] == criterion]
+        heat[criterion] = np.reshape(changes, (len(groups), len(counts), -1)).mean(2)
         summary[criterion] = summarize_layers(heat[criterion], list(counts), groups)
     results = {
         "stage": "structured",
-        "source": table.source,
-        "arch": checkpoint["arch"],
-        "checkpoint": str(args.checkpoint),
-        "epoch": checkpoint["epoch"],
-        "erm": checkpoint.get("erm"),
-        "network": common.fingerprint_of(model),
-        "unit": args.unit,
+        **about,
         "k": args.k,
         "groups": groups,
         "layers": list(counts),
@@ -133,27 +119,11 @@ def main(args):
     print(f"wrote {folder}/")
 
 
-def heat_map(rows, criterion, layers, groups):
-    """Signed changes in percentage points, (groups, layers): each group under its own neurons, the
-    mean over random sets."""
-    cells = {}
-    for row in rows:
-        if row["criterion"] == criterion:
-            cell = cells.setdefault((row["group"], row["parameter"]), [])
-            cell.append(row["change_percent"])
-    heat = np.zeros((len(groups), len(layers)))
-    for i, group in enumerate(groups):
-        for j, layer in enumerate(layers):
-            heat[i, j] = np.mean(cells[group["group"], layer])
-    return heat
-
-
 def summarize_layers(heat, layers, groups):
     """Per group the mean change, the change of largest size and its layer; and how the minority
     groups' change, summed in absolute value, is spread over the thirds of the network (None:
     nothing changed)."""
     of_groups = []
-    minority = np.zeros(len(layers))
     for group, values in zip(groups, heat, strict=True):
         at = int(np.abs(values).argmax())
         of_groups.append(
@@ -164,10 +134,9 @@ def summarize_layers(heat, layers, groups):
                 "layer": layers[at] if values[at] else "-",
             }
         )
-        if group["minority"]:
-            minority += np.abs(values)
+    minority = np.abs(heat[[group["minority"] for group in groups]]).sum(0)
     thirds = None
-    if minority.sum() > 0:
+    if minority.any():
         shares = [float(part.sum() / minority.sum()) for part in np.array_split(minority, 3)]
         thirds = dict(zip(("first", "middle", "last"), shares, strict=True))
     return {"groups": of_groups, "thirds": thirds}
@@ -178,8 +147,7 @@ def print_summary(summary, groups, k):
     thirds = []
     for criterion, found in summary.items():
         for row, group in zip(found["groups"], groups, strict=True):
-            name = f"{common.short(group)} {group['name']}"
-            rows.append({"criterion": criterion, **row, "group": name})
+            rows.append({"criterion": criterion, **row, "group": common.long(group)})
         if found["thirds"]:
             thirds.append({"criterion": criterion, **found["thirds"]})
     common.print_rows(
@@ -196,20 +164,15 @@ def plot_heat(heat, layers, groups, k):
     larger the change; a drop carries no sign, a rise a '+'."""
     fig = Figure(figsize=(4 + 0.2 * len(layers), 2.4 * len(heat)), layout="constrained")
     axes = fig.subplots(len(heat), 1, sharex=True)
-    most = max(1e-9, *(float(np.abs(values).max()) for values in heat.values()))
+    most = max(1e-9, np.abs([*heat.values()]).max())
     for ax, (criterion, values) in zip(axes, heat.items(), strict=True):
-        image = ax.imshow(np.abs(values), cmap="Greys", vmin=0, vmax=most, aspect="auto")
-        for i, j in zip(*np.nonzero(values > 0), strict=True):
-            colour = "white" if values[i, j] > most / 2 else "black"
-            ax.text(j, i, "+", ha="center", va="center", fontsize=7, color=colour)
-        names = [f"{common.short(g)} {g['name']}" for g in groups]
-        ax.set_yticks(range(len(groups)), names, fontsize=8)
+        rises = dict.fromkeys(zip(*np.nonzero(values > 0), strict=True), "+")
+        names = [common.long(group) for group in groups]
+        image = common.plot_layers(ax, np.abs(values), names, layers, most, rises)
         if criterion == "random":
             ax.set_title(f"control: {k} random neurons of the layer, mean", fontsize=10)
         else:
             ax.set_title(f"{k} neurons of largest {criterion}", fontsize=10)
-    ticks = [layer.removesuffix(".weight") for layer in layers]
-    axes[-1].set_xticks(range(len(layers)), ticks, rotation=90, fontsize=6)
     axes[-1].set_xlabel("layer, from input to output (* minority group)")
     fig.colorbar(
         image,

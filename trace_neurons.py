@@ -15,9 +15,9 @@ and the figures.
 import itertools
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -37,6 +37,7 @@ FIGURES = (
     "fig12_random_noise_sigmas.png",
 )
 FILES = ("args.json", "neurons.csv", "accuracy.csv", "results.json", *FIGURES)
+LINE = ("criterion", "modification", "sigma", "k", "split", "selected_by")  # of printed changes
 
 
 def parse_args(argv=None):
@@ -89,7 +90,7 @@ def parse_args(argv=None):
 
 def main(args):
     # The network and its data
-    model, checkpoint, table, weights, counts = common.open_traced(args)
+    model, checkpoint, table, weights, counts, about = common.open_traced(args)
     groups = table.groups
     minority = [group["group"] for group in groups if group["minority"]]
     total = sum(counts.values())
@@ -99,21 +100,20 @@ def main(args):
     common.open_folder(folder, FILES)
 
     # What there is to trace: accuracy over all images, and a sample of each group
+    def batches(name, parts=None):
+        return common.Batches(splits[name], args.device, args.batch_size, args.workers, parts=parts)
+
     splits = {}
     loaders = {}
     index = {}
     for name in ("train", "test"):
         splits[name] = common.open_split(checkpoint, table, name)
-        loaders[name] = common.Batches(splits[name], args.device, args.batch_size, args.workers)
-        whole = minority if name == "train" else ()
+        loaders[name] = batches(name)
         index[name] = common.sample_groups(
-            splits[name].g, groups, args.max_per_group, whole, args.seed
+            splits[name].g, groups, args.max_per_group, whole=name == "train", seed=args.seed
         )
     reports, logits = common.evaluate(model, loaders, groups)
     common.print_splits("The network as it is", reports)
-
-    def batches(name, parts):
-        return common.Batches(splits[name], args.device, args.batch_size, args.workers, parts=parts)
 
     # Gradients of the traced training images: of each group, and of all of them together
     gradients = {}
@@ -144,22 +144,12 @@ def main(args):
     passes = common.OnePass()
     for name in splits:
         planned = plan(args, ranked, few, name, groups)
-        if name == "train" and minority:
+        if name == "train":
             planned += random_sets(args, ranked, few[-1], counts, minority)
-        for group, members in enumerate(index[name]):
-            asked = [row for row in planned if group in row["groups"]]
-            found = common.count_right(
-                model,
-                batches(name, [members]),
-                [row["variant"] for row in asked],
-                weights,
-                args.unit,
-                passes,
-            )
-            for row, by_group in zip(asked, found, strict=True):
-                if group in by_group:
-                    key = {k: v for k, v in row.items() if k not in ("variant", "groups")}
-                    rows.append({**key, "split": name, "group": group, **by_group[group]})
+        of_groups = (batches(name, [members]) for members in index[name])
+        rows += common.count_planned(
+            model, planned, of_groups, weights, args.unit, passes, split=name
+        )
 
     # Numbers first, so that they do not depend on figures
     control = []
@@ -167,20 +157,14 @@ def main(args):
         control += control_test(rows, criterion, few[-1], groups)
     results = {
         "stage": "trace",
-        "source": table.source,
-        "arch": checkpoint["arch"],
-        "checkpoint": str(args.checkpoint),
-        "epoch": checkpoint["epoch"],
-        "erm": checkpoint.get("erm"),
-        "network": common.fingerprint_of(model),
-        "unit": args.unit,
+        **about,
         "neurons": total,
         "layers": len(counts),
         "listed": listed,
         "few": few[-1],
         "groups": groups,
         "splits": reports,
-        "changes": mean_changes(rows, groups),
+        "changes": mean_changes(rows),
         "ranks": rank_shares(neurons),
         "control": control,
     }
@@ -224,15 +208,16 @@ def main(args):
 
 
 def planned_row(criterion, by, groups, neurons, how="zero", sigma="", repeat="", seed=0):
-    """A modified network to be counted: what accuracy.csv says of it, its `variant` (see
-    common.full_passes) and the `groups` that it is evaluated on."""
+    """A modified network to be counted (see common.count_planned)."""
     return {
-        "criterion": criterion,
-        "modification": how,
-        "sigma": sigma,
-        "k": len(neurons),
-        "repeat": repeat,
-        "selected_by": by,
+        "row": {
+            "criterion": criterion,
+            "modification": how,
+            "sigma": sigma,
+            "k": len(neurons),
+            "repeat": repeat,
+            "selected_by": by,
+        },
         "groups": groups,
         "variant": {"neurons": neurons, "how": how, "sigma": sigma or 0.0, "seed": seed},
     }
@@ -266,11 +251,9 @@ def random_sets(args, ranked, k, counts, minority):
         drawn = common.locate(rng.choice(total, k, replace=False), counts)
         planned.append(planned_row("random", "all layers", minority, drawn, repeat=repeat))
         for (criterion, by), neurons in ranked.items():
-            layers = [layer for layer, _ in neurons[:k]]
             drawn = []
-            for layer in dict.fromkeys(layers):
-                chosen = rng.choice(counts[layer], layers.count(layer), replace=False)
-                drawn += [(layer, int(i)) for i in chosen]
+            for layer, n in Counter(layer for layer, _ in neurons[:k]).items():
+                drawn += [(layer, int(i)) for i in rng.choice(counts[layer], n, replace=False)]
             groups = [j for j in minority if by in ("all", j)]
             kind = f"layers of {criterion} {by}"
             planned.append(planned_row("random", kind, groups, drawn, repeat=repeat))
@@ -296,42 +279,36 @@ def own(rows, group, **wanted):
     return [row for row in found if row["selected_by"] in ("all", group)]
 
 
-def mean_changes(rows, groups):
+def random_changes(rows, kind, group):
+    """Changes of a group under the random sets of one kind."""
+    return [change(row) for row in pick(rows, criterion="random", selected_by=kind, group=group)]
+
+
+def mean_changes(rows):
     """Every modification of every critical set, with the mean change of each group over repeats: a
     list of dicts with `points` and `images`, {group: number}. The set 'own' stands for I_j of each
     group j; under 'zero' all groups are shown under the set of each other as well."""
-    lines = {}
+    lines = {}  # {line: {group: rows}}
     for row in rows:
         if row["criterion"] == "random":
             continue
-        key = (row["criterion"], row["modification"], row["sigma"], row["k"], row["split"])
+        sets = []
         if row["selected_by"] in ("all", row["group"]):
-            lines.setdefault((*key, "own"), []).append(row)
+            sets.append("own")
         if row["modification"] == "zero" and row["selected_by"] != "all":
-            lines.setdefault((*key, row["selected_by"]), []).append(row)
+            sets.append(row["selected_by"])
+        for by in sets:
+            line = (*(row[name] for name in LINE[:-1]), by)
+            lines.setdefault(line, {}).setdefault(row["group"], []).append(row)
     found = []
-    for key in sorted(lines, key=lambda key: key[-1] != "own"):  # these first, else as they come
-        criterion, modification, sigma, k, split, by = key
+    for line in sorted(lines, key=lambda line: line[-1] != "own"):  # these first, else as they come
         points = {}
         images = {}
-        for group in groups:
-            of_group = pick(lines[key], group=group["group"])
+        for group, of_group in lines[line].items():
             gained = [row["correct_after"] - row["correct_before"] for row in of_group]
-            if of_group:
-                points[group["group"]] = float(np.mean([change(row) for row in of_group]))
-                images[group["group"]] = float(np.mean(gained))
-        found.append(
-            {
-                "criterion": criterion,
-                "modification": modification,
-                "sigma": sigma,
-                "k": k,
-                "split": split,
-                "selected_by": by,
-                "points": points,
-                "images": images,
-            }
-        )
+            points[group] = float(np.mean([change(row) for row in of_group]))
+            images[group] = float(np.mean(gained))
+        found.append({**dict(zip(LINE, line, strict=True)), "points": points, "images": images})
     return found
 
 
@@ -353,9 +330,9 @@ def control_test(rows, criterion, k, groups):
     rare, not large."""
     tests = []
     for group in groups:
-        if not pick(rows, criterion="random", group=group["group"]):
+        if not random_changes(rows, "all layers", group["group"]):
             continue
-        observed = own(
+        (observed,) = own(
             rows,
             group["group"],
             criterion=criterion,
@@ -363,33 +340,31 @@ def control_test(rows, criterion, k, groups):
             k=k,
             split="train",
         )
-        n = observed[0]["n"]
         of_group = []
-        for name, selected_by in (
+        for name, kind in (
             ("all layers", "all layers"),
-            ("the same layers", f"layers of {criterion} {observed[0]['selected_by']}"),
+            ("the same layers", f"layers of {criterion} {observed['selected_by']}"),
         ):
-            others = pick(rows, criterion="random", selected_by=selected_by, group=group["group"])
-            null = [change(row) for row in others]
+            null = random_changes(rows, kind, group["group"])
             low, high = middle_95(null)
             of_group.append(
                 {
                     "criterion": criterion,
                     "group": group["group"],
                     "random": name,
-                    "n": n,
-                    "images": observed[0]["correct_after"] - observed[0]["correct_before"],
-                    "observed": change(observed[0]),
+                    "n": observed["n"],
+                    "images": observed["correct_after"] - observed["correct_before"],
+                    "observed": change(observed),
                     "sets": len(null),
                     "mean": float(np.mean(null)),
                     "low": float(low),
                     "high": float(high),
-                    "p": p_value(change(observed[0]), null),
+                    "p": p_value(change(observed), null),
                 }
             )
         rare = all(test["p"] <= 0.05 for test in of_group)
         # Images lost to the kind of random sets that costs more; a gain counts as 0
-        usual = min(0, *(test["mean"] * n / 100 for test in of_group))
+        usual = min(0, *(test["mean"] * test["n"] / 100 for test in of_group))
         more = rare and of_group[0]["images"] < usual - FEW_IMAGES
         tests += [{**test, "more": more} for test in of_group]
     return tests
@@ -450,7 +425,7 @@ def print_changes(changes, groups):
     """Each group under its own set, and every group under the zeroed set of each other group."""
     rows = []
     for line in changes:
-        row = {key: line[key] for key in line if key not in ("points", "images")}
+        row = {key: line[key] for key in LINE}
         for group in groups:
             row[short(group)] = "-"
             if group["group"] in line["points"]:
@@ -467,55 +442,40 @@ def print_changes(changes, groups):
 
 
 def plot_changes(rows, groups, args, how, sigmas):
-    """Figures 2, 4, 5, 11, 12: change of each group under its own neurons, a bar per k, a row of
-    panels per criterion, one per sigma; whiskers: standard deviation over repeats. Zeroing also
+    """Figures 2, 4, 5, 11, 12: change of each group under its own neurons, a bar per k, a column of
+    panels per criterion, a row per sigma; whiskers: standard deviation over repeats. Zeroing also
     shows random neurons (mean and 95 % range)."""
     ks = args.top_k[:3]
     slots = len(ks) + (how == "zero")  # one more slot for random neurons
-    shape = (len(common.CRITERIA), len(sigmas))
-    if len(sigmas) == 1:
-        shape = (1, len(common.CRITERIA))
-    fig = Figure(figsize=(4.6 * shape[1], 3.2 * shape[0]), layout="constrained")
-    axes = fig.subplots(*shape, sharey=True, squeeze=False)
-    panels = itertools.product(common.CRITERIA, sigmas)
-    for ax, (criterion, sigma) in zip(axes.flat, panels, strict=True):
+    fig = Figure(figsize=(4.6 * len(common.CRITERIA), 3.2 * len(sigmas)), layout="constrained")
+    axes = fig.subplots(len(sigmas), len(common.CRITERIA), sharey=True, squeeze=False)
+    panels = itertools.product(sigmas, common.CRITERIA)
+    for ax, (sigma, criterion) in zip(axes.flat, panels, strict=True):
+        wanted = {"criterion": criterion, "modification": how, "sigma": sigma, "split": "train"}
         for n, k in enumerate(ks):
-            means = []
-            spread = []
+            changes = []  # of each group: one, or one a draw of noise
             for g in groups:
-                found = own(
-                    rows,
-                    g["group"],
-                    criterion=criterion,
-                    modification=how,
-                    sigma=sigma,
-                    k=k,
-                    split="train",
-                )
-                changes = [change(row) for row in found]
-                means.append(np.mean(changes))
-                spread.append(np.std(changes, ddof=1) if len(changes) > 1 else 0)
+                changes.append([change(row) for row in own(rows, g["group"], k=k, **wanted)])
             ax.bar(
                 np.arange(len(groups)) + 0.8 * (n + 0.5) / slots - 0.4,
-                means,
+                np.mean(changes, axis=1),
                 0.76 / slots,
-                color=matplotlib.colormaps["Greys"](0.2 + 0.5 * n / max(len(ks) - 1, 1)),
+                color=str(0.85 - 0.25 * n),
                 edgecolor="black",
                 lw=0.5,
                 label=f"top {k}",
-                yerr=spread if any(spread) else None,
+                yerr=np.std(changes, axis=1, ddof=1) if len(changes[0]) > 1 else None,
                 error_kw={"lw": 0.8, "capsize": 2},
             )
         if how == "zero":
             plot_random(ax, rows, groups, ks[-1])
         ax.axhline(0, color="black", lw=0.6)
-        names = [f"{short(g)}\n" + g["name"].replace(" on ", "\non ") for g in groups]
+        names = [common.long(g).replace(" ", "\n", 2) for g in groups]
         ax.set_xticks(range(len(groups)), names, fontsize=7)
         ax.set_title(f"{criterion}, sigma = {sigma}" if sigma else criterion, fontsize=10)
         ax.grid(axis="y", color="0.9")
         ax.set_axisbelow(True)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("change in training\naccuracy (points)")
+    fig.supylabel("change in training accuracy (points)", fontsize=10)
     handles = axes.flat[0].get_legend_handles_labels()
     fig.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     what = {
@@ -533,22 +493,10 @@ def plot_random(ax, rows, groups, k):
     """k random neurons of all layers, zeroed: mean and 95 % range for each minority group."""
     label = f"random {k}, mean and 95 % range"
     for j, g in enumerate(groups):
-        others = pick(rows, criterion="random", selected_by="all layers", group=g["group"])
-        if others:
-            null = [change(row) for row in others]
-            mean = np.mean(null)
-            low, high = middle_95(null)
-            ax.errorbar(
-                j + 0.3,
-                mean,
-                [[max(mean - low, 0)], [max(high - mean, 0)]],
-                fmt="D",
-                color="black",
-                mfc="white",
-                ms=4,
-                capsize=3,
-                label=label,
-            )
+        null = random_changes(rows, "all layers", g["group"])
+        if null:
+            ax.vlines(j + 0.3, *middle_95(null), color="black")
+            ax.plot(j + 0.3, np.mean(null), "D", color="black", mfc="white", ms=4, label=label)
             label = None  # once in the legend
 
 
@@ -562,8 +510,12 @@ def plot_ranks(neurons, shown):
         ax.hist(values, np.arange(0, 101, 5), color="0.6", edgecolor="black", lw=0.5)
         ax.yaxis.get_major_locator().set_params(integer=True)  # they are counts
         of = "of each group" if common.needs_gradient(criterion) else "of the network"
-        ax.set(title=f"largest {criterion} {of}", xlim=(0, 100), ylabel="neurons")
-        ax.set_xlabel(f"{other} ranking among all neurons (%)")
+        ax.set(
+            title=f"largest {criterion} {of}",
+            xlabel=f"{other} ranking among all neurons (%)",
+            ylabel="neurons",
+            xlim=(0, 100),
+        )
     fig.suptitle(f"Ranking of the {shown} by another criterion", fontsize=11)
     return fig
 
@@ -571,24 +523,21 @@ def plot_ranks(neurons, shown):
 def plot_layers(neurons, groups, layers, shown):
     """Figure 8: in which layers the critical neurons lie, a row per set, layers in network
     order."""
-    names = {group["group"]: short(group) for group in groups}
+    names = {"all": "", **{group["group"]: f" {short(group)}" for group in groups}}
     sets = {}
     for row in neurons:
-        of = "" if row["selected_by"] == "all" else f" {names[row['selected_by']]}"
-        counts = sets.setdefault(f"{row['criterion']}{of}", np.zeros(len(layers), int))
-        counts[layers.index(row["parameter"])] += 1
-    counts = np.array(list(sets.values()))
+        name = row["criterion"] + names[row["selected_by"]]
+        sets.setdefault(name, []).append(row["parameter"])
+    counts = np.array([[of_set.count(layer) for layer in layers] for of_set in sets.values()])
     fig = Figure(figsize=(4.5 + 0.2 * len(layers), 2 + 0.32 * len(sets)), layout="constrained")
     ax = fig.subplots()
-    image = ax.imshow(counts, cmap="Greys", aspect="auto", vmin=0)
-    for i, j in zip(*counts.nonzero(), strict=True):
-        colour = "white" if counts[i, j] > counts.max() / 2 else "black"
-        ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=7, color=colour)
-    ticks = [layer.removesuffix(".weight") for layer in layers]
-    ax.set_xticks(range(len(layers)), ticks, rotation=90, fontsize=6)
-    ax.set_yticks(range(len(sets)), sets, fontsize=8)
-    ax.set(title=f"Where the {shown} lie (* minority)", xlabel="layer, from input to output")
-    ax.set_ylabel("selected by")
+    texts = {place: counts[place] for place in zip(*counts.nonzero(), strict=True)}
+    image = common.plot_layers(ax, counts, sets, layers, counts.max(), texts)
+    ax.set(
+        title=f"Where the {shown} lie (* minority)",
+        xlabel="layer, from input to output",
+        ylabel="selected by",
+    )
     fig.colorbar(image, label="neurons")
     return fig
 

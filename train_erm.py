@@ -28,7 +28,7 @@ FILES = (
     "log.jsonl",
     "best.pt",
     "last.pt",
-    "epoch_[0-9][0-9][0-9].pt",
+    "epoch_[0-9]*.pt",
     "results.json",
     "fig01_group_accuracy.png",
     "curves.png",
@@ -138,10 +138,9 @@ def main(args):
     weights = "none" if last else args.weights
     model = common.build_model(args.arch, len(table.classes), args.size, weights)
     model.to(args.device, memory_format=torch.channels_last)  # a quarter less time a step
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
     log = []
-    best = {"epoch": 0, "score": -1.0}
     settings = {
         **common.settings(args),
         "weights": inputs["weights"],
@@ -149,10 +148,10 @@ def main(args):
     }
     erm = {"id": None, "settings": settings}
     if last:
-        log, best = common.restore(folder, last, model, optimizer, scheduler)
+        log = common.restore(folder, last, model, optimizer, scheduler)
         erm["id"] = common.erm_of(last)["id"]
 
-    # Batches of training, in an order of their own, and of evaluation
+    # What checkpoints say, what is learned from, and what is evaluated on
     about = {
         "arch": args.arch,
         "n_classes": len(table.classes),
@@ -167,11 +166,7 @@ def main(args):
         },
         "args": common.plain(args),
     }
-    images = common.open_split(about, table, "train", augment=args.augment, seed=args.seed)
-    order = common.EpochOrder(len(images), args.batch_size, args.seed)
-    train = common.Batches(images, args.device, workers=args.workers, order=order)
-    loaders = common.evaluation_batches(about, table, args)
-    test = {"test": loaders.pop("test")}
+    train, loaders, test = common.training_batches(about, table, args)
     common.begin(folder, args, FILES, last, **inputs)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
@@ -182,7 +177,7 @@ def main(args):
         # Order, augmentation and dropout follow from (seed, epoch), so a continued run sees the
         # same as one that was never interrupted
         torch.manual_seed(common.seed_of(args.seed, epoch))
-        order.epoch = epoch
+        train.order.epoch = epoch
         model.train()
         for x, y, *_ in tqdm(train, f"epoch {epoch}", disable=None, leave=False):
             optimizer.zero_grad()  # first, so that old gradients do not lie beside activations
@@ -210,34 +205,16 @@ def main(args):
         log.append(row)
         common.print_epoch(row, args.epochs)
 
-        # Checkpoints. last.pt holds the log as well, so that log and weights cannot disagree
         checkpoint = {**about, "erm": erm, "epoch": epoch, "model": model.state_dict()}
-        files = {"log.jsonl": log}
-        if reports["val"]["acc_worst"] > best["score"]:  # of equals the first stays
-            best = {"epoch": epoch, "score": reports["val"]["acc_worst"]}
-            files["best.pt"] = checkpoint
-        if epoch in args.keep_epochs:
-            files[f"epoch_{epoch:03d}.pt"] = checkpoint
-        files["last.pt"] = {
-            **checkpoint,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "log": log,
-            "best": best,
-        }
-        common.write(folder, files)
+        kept = {f"epoch_{epoch:03d}.pt": checkpoint} if epoch in args.keep_epochs else {}
+        common.save_epoch(folder, checkpoint, log, optimizer, scheduler, kept)
 
-    # The accuracy of the test split is measured here and nowhere else: for the selected epoch
-    model.load_state_dict(common.load_checkpoint(folder / "best.pt")["model"])
-    best_test, _ = common.evaluate(model, test, table.groups)
-    selected = log[best["epoch"] - 1]
     results = {
         "stage": "erm",
         "source": table.source,
         "arch": args.arch,
         "epochs": args.epochs,
-        "selected_epoch": best["epoch"],
-        "splits": {"train": selected["train"], "val": selected["val"], **best_test},
+        **common.measure_selected(folder, model, test, table, log),
         "erm": erm,
         "test_labels": test_labels,
     }
@@ -247,7 +224,7 @@ def main(args):
         folder,
         {
             "fig01_group_accuracy.png": plot_gap(results),
-            "curves.png": common.plot_epochs(log, best["epoch"]),
+            "curves.png": common.plot_epochs(log),
         },
     )
     print(f"wrote {folder}/")
@@ -283,18 +260,16 @@ def plot_gap(results):
     train = results["splits"]["train"]["groups"]
     fig = Figure(figsize=(2 + 1.3 * len(train), 3.6), layout="constrained")
     ax = fig.subplots()
-    for offset, split, style in (
-        (-0.2, "train", {"color": "0.75"}),
-        (0.2, "test", {"color": "0.35", "hatch": "///"}),
-    ):
+    for split, width, color in (("train", -0.4, "0.75"), ("test", 0.4, "0.35")):
         report = results["splits"][split]
         bars = ax.bar(
-            [i + offset for i in range(len(train))],
+            range(len(train)),
             [100 * (group["acc"] or 0) for group in report["groups"]],
-            0.4,
+            width,
+            align="edge",
+            color=color,
             edgecolor="white",
             label=split,
-            **style,
         )
         labels = [common.percent(report, i) for i in range(len(train))]
         ax.bar_label(bars, labels, fontsize=8)

@@ -126,8 +126,8 @@ def main(args):
         warn_of_differences(shown)
         shown = independent(shown)
         for block in TABLES:
-            for table in tables(block, shown, found):
-                print_table(*table)
+            for heading, header, rows in tables(block, shown, found):
+                common.print_rows(heading, [dict(zip(header, row, strict=True)) for row in rows])
         plot(shown, args.figure or FIGURE)
     if args.add:
         kept = {identity(record): record for record in [*read_store(store), *shown]}
@@ -722,16 +722,6 @@ def tables(block, shown, found):
                 texts.append(write(cells.get(column, [])))
             body.append(texts)
         yield f"{data}: {what}", ["", *columns], body
-
-
-def print_table(heading, header, rows):
-    print(f"\n{heading}")
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for name, *cells in [header, *rows]:
-        line = f"{name:{widths[0]}s}"
-        for text, width in zip(cells, widths[1:], strict=True):
-            line += f"  {text:>{width}s}"
-        print(line)
 
 
 def with_tables(page, records):

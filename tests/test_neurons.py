@@ -88,8 +88,8 @@ def test_predict_is_a_pass_over_all_images_in_eval_mode():
 
 def test_sample_groups():
     g = torch.tensor([0] * 50 + [1] * 20 + [2] * 4)
-    first, again, other = (common.sample_groups(g, GROUPS, 10, (1,), seed) for seed in (0, 0, 1))
-    assert [len(part) for part in first] == [10, 20, 4, 0]  # group 1 as a whole
+    first, again, other = (common.sample_groups(g, GROUPS, 10, True, seed) for seed in (0, 0, 1))
+    assert [len(part) for part in first] == [10, 20, 4, 0]  # minorities as a whole
     for group, part in enumerate(first):
         assert (g[part] == group).all()
         assert part.tolist() == sorted(set(part.tolist()))

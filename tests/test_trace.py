@@ -468,7 +468,7 @@ def test_changes_by_hand():
         {**row, "criterion": "random", "correct_after": 0},
         {**row, "selected_by": 2, "correct_after": 0},  # not its own, and not zeroed
     ]
-    (line,) = trace_neurons.mean_changes(rows, GROUPS)
+    (line,) = trace_neurons.mean_changes(rows)
     assert line["selected_by"] == "own"
     assert line["images"] == {1: -10}
     assert line["points"] == {1: pytest.approx(100 * -10 / 184)}

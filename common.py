@@ -870,27 +870,24 @@ def selected(log):
 def plot_epochs(log):
     """Training and validation accuracy of every group over the epochs of a log, a panel each, and
     the terms of the loss in one more."""
-    groups = log[-1]["train"]["groups"]
+    panels = {}  # {title: {line: its values}}
+    for j, group in enumerate(log[-1]["train"]["groups"]):
+        panels[f"accuracy of\n{long(group)}"] = {
+            split: [row[split]["groups"][j]["acc"] for row in log] for split in ("train", "val")
+        }
+    panels["training loss"] = {
+        name: [row.get("terms", {}).get(name) for row in log] for name in log[-1]["terms"]
+    }
     epochs = [row["epoch"] for row in log]
-    fig = Figure(figsize=(2.7 * (len(groups) + 1), 2.6), layout="constrained")
-    axes = fig.subplots(1, len(groups) + 1)
-    for j, group in enumerate(groups):
-        for name, style in (("train", {"color": "0.6"}), ("val", {"color": "0.0", "ls": "--"})):
-            accuracies = np.array([row[name]["groups"][j]["acc"] for row in log], dtype=float)
-            axes[j].plot(epochs, 100 * accuracies, marker=".", ms=3, label=name, **style)
-        axes[j].set(title=long(group), ylim=(-3, 103))
-    axes[0].set_ylabel("accuracy (%)")
-    axes[0].legend(loc="lower right", fontsize=8)
-    for i, name in enumerate(log[-1]["terms"]):
-        values = [row.get("terms", {}).get(name, math.nan) for row in log]
-        style = ("--", "-", "-.", ":")[i % 4]
-        axes[-1].plot(epochs, values, style, marker=".", color=str(0.2 * i % 0.8), label=name)
-    axes[-1].set(title="training loss", ylabel="loss")
-    axes[-1].legend(fontsize=8)
-    for ax in axes:
+    fig = Figure(figsize=(2.7 * len(panels), 2.8), layout="constrained")
+    for ax, (title, lines) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
+        for i, (name, values) in enumerate(lines.items()):
+            style = {"color": str(0.5 * (i % 2)), "ls": ("-", "--", "-.", ":")[i % 4]}
+            ax.plot(epochs, np.array(values, dtype=float), marker=".", label=name, **style)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.axvline(selected(log)["epoch"], color="0.8", ls=":", zorder=0)
-        ax.set_xlabel("epoch")
+        ax.set(title=title, xlabel="epoch", ylim=(0, None if title == "training loss" else 1.05))
+        ax.legend(fontsize=8)
     return fig
 
 

@@ -553,7 +553,8 @@ def sample_groups(g, groups, most=None, whole=False, seed=0):
 # 2. Models and checkpoints
 # ------------------------------------------------------------------------------------------------
 
-# resnet50: torchvision's IMAGENET1K_V2, as in the paper; resnet10: one block a stage, half as wide
+# resnet50: torchvision's IMAGENET1K_V2, as in the paper; resnet10: one block a stage and half as
+# wide, but for its first convolution
 ARCHS = {"resnet50": "resnet50.tv2_in1k", "resnet10": "resnet18"}
 RESNET10 = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "zero_init_last": False}
 BIRD_WEIGHTS = BIRDS.parent / "resnet10_birds.pth"  # learned by data/birds.py
@@ -909,9 +910,9 @@ def plot_layers(ax, values, rows, layers, most, texts):
 # ------------------------------------------------------------------------------------------------
 
 # This section needs contextlib, torch and numpy (np) alone. Take all of it, or single functions:
-# prunable_weights needs head_names and LAYERS, mean_gradient needs evaluating, score_neurons needs
-# CRITERIA, top_neurons needs locate, count_right needs evaluating, full_passes and modified, and
-# count_planned needs count_right.
+# head_names needs LAYERS, prunable_weights needs both, mean_gradient needs evaluating,
+# score_neurons and needs_gradient need CRITERIA, top_neurons needs locate, full_passes needs
+# modified, count_right needs evaluating and full_passes, and count_planned needs count_right.
 #
 # A neuron is a pair (parameter name, index), such as ("layer4.2.conv3.weight", 12). With the unit
 # "channel" it is weight[12], an output filter of a convolution or an output row of a linear layer
@@ -1333,7 +1334,10 @@ def add_tracing_flags(p):
         "--batch-size", type=positive_int, default=128, help="images in a forward pass (128)"
     )
     g.add_argument(
-        "--seed", type=seed_int, default=0, help="draws samples, noise and random neurons (0)"
+        "--seed",
+        type=seed_int,
+        default=0,
+        help="draws samples, random neurons and, in stage 2, noise (0)",
     )
 
 

@@ -44,8 +44,8 @@ FILES = (
 
 def parse_args(argv=None):
     p = common.make_parser(
-        f"{__doc__}\nIn brackets: the default, which follows the paper's text; 'code' says what "
-        "the released code\ndoes where that is something else."
+        f"{__doc__}\nIn brackets: the default, which follows the paper's text but for --lam; "
+        "'code' says what\nthe released code does where that is something else."
     )
     p.add_argument("--name", default="finetune", help="folder in RUN, to keep several (finetune)")
     g = p.add_argument_group("start")
@@ -64,7 +64,7 @@ def parse_args(argv=None):
         choices=["contrastive", "supervised", "erm"],
         default="contrastive",
         help="contrastive: the paper's; supervised: its second term alone; erm: cross entropy goes "
-        "on, the control of the same budget (contrastive)",
+        "on with this stage's optimizer, the control of the same budget (contrastive)",
     )
     g.add_argument(
         "--criterion",
@@ -78,7 +78,8 @@ def parse_args(argv=None):
         "--prune-fraction",
         type=common.number(float, 1e-12, 1),
         default=1e-4,
-        help="share of all neurons that is masked, rounded up (0.0001, so 0.01 %%; code: 0.01)",
+        help="share of all neurons that is masked, rounded up; of mixed by each criterion (0.0001, "
+        "so 0.01 %%; code: 0.01)",
     )
     g.add_argument(
         "--order",
@@ -123,8 +124,9 @@ def parse_args(argv=None):
         "--lam",
         type=common.number(float, 0),
         default=0.2,
-        help="lambda of eq. 2.3. It weighs the sum over the batch, as the code's squared error "
-        "does; for the mean, as eq. 2.3 reads, divide it by the batch size (0.2)",
+        help="lambda of eq. 2.3. It weighs the sum over the batch, as the code's squared error, "
+        "which is commented out, would; for the mean, as eq. 2.3 reads, divide it by the batch "
+        "size (0.2)",
     )
     g = p.add_argument_group("training")
     g.add_argument(

@@ -35,7 +35,7 @@ MEASURES = ("mass", "pointing")  # share of mass inside the object, pointing gam
 def parse_args(argv=None):
     p = common.make_parser(f"{__doc__}\nIn brackets: the default.")
     g = p.add_argument_group("networks")
-    g.add_argument("--before", type=Path, help="upper row (RUN/erm/best.pt)")
+    g.add_argument("--before", type=Path, help="first row of maps (RUN/erm/best.pt)")
     g.add_argument(
         "--after",
         nargs="+",
@@ -63,7 +63,7 @@ def parse_args(argv=None):
         "--n",
         type=common.positive_int,
         default=8,
-        help="images to draw from the minority groups (8)",
+        help="images to draw from the minority groups, rounded up to equal shares (8)",
     )
     g.add_argument(
         "--masks",

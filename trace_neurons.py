@@ -444,7 +444,7 @@ def print_changes(changes, groups):
 def plot_changes(rows, groups, args, how, sigmas):
     """Figures 2, 4, 5, 11, 12: change of each group under its own neurons, a bar per k, a column of
     panels per criterion, a row per sigma; whiskers: standard deviation over repeats. Zeroing also
-    shows random neurons (mean and 95 % range)."""
+    shows random neurons for minority groups (mean and 95 % range)."""
     ks = args.top_k[:3]
     slots = len(ks) + (how == "zero")  # one more slot for random neurons
     fig = Figure(figsize=(4.6 * len(common.CRITERIA), 3.2 * len(sigmas)), layout="constrained")

@@ -253,21 +253,22 @@ def test_a_checkpoint_with_a_number_that_is_not_finite(tmp_path, value):
     assert "\n" not in str(error.value)
 
 
-def test_the_best_checkpoint_of_an_unfinished_stage_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_checkpoint_of_an_unfinished_stage_is_refused(tmp_path, name):
     """It may still change while it is studied. A copy elsewhere, or a kept epoch, may not."""
     model = build_model("resnet10", 2, 32)
     folder = tmp_path / "erm"
     folder.mkdir()
-    write_checkpoint(folder / "best.pt", model)
+    write_checkpoint(folder / name, model)
     (folder / "args.json").write_text("{}")
-    shutil.copy(folder / "best.pt", folder / "epoch_007.pt")
-    shutil.copy(folder / "best.pt", tmp_path)
-    with pytest.raises(BadInput, match="erm is unfinished, so its best.pt may still change"):
-        load_model(folder / "best.pt")
-    for path in (folder / "epoch_007.pt", tmp_path / "best.pt"):
+    shutil.copy(folder / name, folder / "epoch_007.pt")
+    shutil.copy(folder / name, tmp_path)
+    with pytest.raises(BadInput, match=f"erm is unfinished, so its {name} may still change"):
+        load_model(folder / name)
+    for path in (folder / "epoch_007.pt", tmp_path / name):
         assert_body(load_model(path)[0], model.state_dict(), head=())
     (folder / "results.json").write_text("{}")
-    assert_body(load_model(folder / "best.pt")[0], model.state_dict(), head=())
+    assert_body(load_model(folder / name)[0], model.state_dict(), head=())
 
 
 def test_checkpoints_of_older_versions(tmp_path):

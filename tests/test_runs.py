@@ -353,6 +353,8 @@ def test_weights_are_needed_at_the_start_alone(train, tmp_path):
     assert "epoch 1/4" not in said
     assert "epoch 2/4" in said
     assert "is finished" in train(f"--weights {path}")
+    torch.save(weights, path)  # and it may come back
+    assert "is finished" in train(f"--weights {path}")
 
 
 def test_a_damaged_test_image_is_said_before_training(train, tmp_path):
@@ -455,6 +457,8 @@ def test_a_network_of_another_training_is_said(train, copy, capsys):
     words = "did not start from the training that"
     gradcam_flags = f"--run {copy} {LATER} --n 4"
     as_script(finetune_contrastive, f"--run {copy} {LATER} --epochs 1", capsys)
+    assert words not in as_script(gradcam, gradcam_flags, capsys)
+    train("--epochs 5")  # the same training, which goes on
     assert words not in as_script(gradcam, gradcam_flags, capsys)
     train("--overwrite --seed 9 --epochs 4")
     assert words in as_script(gradcam, gradcam_flags, capsys)

@@ -42,6 +42,7 @@ PLACES = {
     "before",
     "after",
     "masks",
+    "n",
     "seed",
     "device",
     "workers",

@@ -1165,6 +1165,11 @@ def count_planned(model, planned, batches, weights, unit, passes, **columns):
     return rows
 
 
+def change(row):
+    """Accuracy after minus before, in percentage points, of counts as count_right gives them."""
+    return 100 * (row["correct_after"] - row["correct_before"]) / row["n"]
+
+
 # ------------------------------------------------------------------------------------------------
 # 5. Speed only: without this section everything works, with full_passes in place of OnePass
 # ------------------------------------------------------------------------------------------------
@@ -1602,10 +1607,10 @@ def changed_settings(folder, args, defaults, inputs):
 def earlier_run(folder, args, defaults, names, test_labels, **inputs):
     """Where an earlier run left a training stage: (None, None) if it starts now, (last, None) with
     the content of last.pt if it goes on from there (or lacks no more than a figure or the numbers
-    of other test images), (None, results) with that of results.json if it
-    is finished. It only reads. names: the files of the stage; test_labels: their fingerprint, as
-    results.json holds for these test images alone; defaults, inputs: see changed_settings. Raises
-    BadInput if the folder holds a run of other settings or inputs."""
+    of other test images), (None, results) with that of results.json if it is finished. It only
+    reads. names: the files of the stage; test_labels: their fingerprint, as results.json holds for
+    these test images alone; defaults, inputs: see changed_settings. Raises BadInput if the folder
+    holds a run of other settings or inputs."""
     check_own(folder, names)
     ended = (folder / "results.json").exists()
     if not ended and not (folder / "last.pt").exists():

@@ -86,8 +86,7 @@ def main(args):
     passes = common.OnePass()
     rows = common.count_planned(model, planned, batches, weights, args.unit, passes)
     for row in rows:
-        points = 100 * (row["correct_after"] - row["correct_before"]) / row["n"]
-        row["change_percent"] = round(points, 4)
+        row["change_percent"] = round(common.change(row), 4)
 
     # The heat map and its summary; numbers first, so that they do not depend on the figure
     heat = {}

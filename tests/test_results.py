@@ -447,6 +447,18 @@ def test_add_replaces_and_write_makes_the_page(kept, tmp_path, capsys):
     assert (tmp_path / "README.md").read_text() == page
 
 
+def test_a_line_with_settings_that_no_longer_count_is_replaced(kept, tmp_path):
+    """A version that also compared where things lie wrote them into the store."""
+    store = tmp_path / "numbers.jsonl"
+    older, *others = map(json.loads, store.read_text().splitlines())
+    older["settings"]["workers"] = 2
+    store.write_text("".join(json.dumps(record) + "\n" for record in (older, *others)))
+    put(tmp_path / older["run"] / "finetune", 0.7)
+    compare.main(compare.parse_args([str(tmp_path / older["run"]), "--add", *kept[-2:]]))
+    found = [(x["run"], x["reports"]["test"]["acc_worst"]) for x in compare.read_store(store)]
+    assert found == [("r0", 0.7), ("r1", 0.8)]
+
+
 def test_the_figure_of_gains(monkeypatch):
     """Table 12's fine-tunings over ERM continued alone: seeds, mean, interval."""
     found = [

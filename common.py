@@ -232,7 +232,8 @@ def find_column(path, header, name):
             if n:
                 return titles.index(wanted)
     raise BadInput(
-        f"{path}: no column {name.replace('|', ' or ')} in the header {', '.join(header)[:200]}"
+        f"{path}: no column {name.replace('|', ' or ')} in the header {', '.join(header)[:200]}; "
+        "--attributes Y A names those of class and attribute"
     )
 
 
@@ -881,13 +882,16 @@ def plot_epochs(log):
     }
     epochs = [row["epoch"] for row in log]
     fig = Figure(figsize=(2.7 * len(panels), 2.8), layout="constrained")
-    for ax, (title, lines) in zip(fig.subplots(1, len(panels)), panels.items(), strict=True):
+    axes = fig.subplots(1, len(panels), sharex=True)
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for i, (name, values) in enumerate(lines.items()):
             style = {"color": str(0.5 * (i % 2)), "ls": ("-", "--", "-.", ":")[i % 4]}
             ax.plot(epochs, np.array(values, dtype=float), marker=".", label=name, **style)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.axvline(selected(log)["epoch"], color="0.8", ls=":", zorder=0)
-        ax.set(title=title, xlabel="epoch", ylim=(0, None if title == "training loss" else 1.05))
+        lowest = min(0, ax.get_ylim()[0])  # a term of the loss may be negative
+        highest = None if title == "training loss" else 1.05
+        ax.set(title=title, xlabel="epoch", ylim=(lowest, highest))
         ax.legend(fontsize=8)
     return fig
 
@@ -912,7 +916,8 @@ def plot_layers(ax, values, rows, layers, most, texts):
 # This section needs contextlib, torch and numpy (np) alone. Take all of it, or single functions:
 # head_names needs LAYERS, prunable_weights needs both, mean_gradient needs evaluating,
 # score_neurons and needs_gradient need CRITERIA, top_neurons needs locate, full_passes needs
-# modified, count_right needs evaluating and full_passes, and count_planned needs count_right.
+# modified, count_right needs evaluating and full_passes, and count_planned needs count_right. The
+# pass with masked weights is `auxiliary` of finetune_contrastive.py.
 #
 # A neuron is a pair (parameter name, index), such as ("layer4.2.conv3.weight", 12). With the unit
 # "channel" it is weight[12], an output filter of a convolution or an output row of a linear layer
@@ -923,7 +928,9 @@ def plot_layers(ax, values, rows, layers, most, texts):
 # The functions take `weights`, {parameter name: weight}: what prunable_weights gives, or any other
 # choice of a model's parameters.
 
-CRITERIA = {  # what stands for a neuron, from its weight z and its gradient v: section 2.1.1
+# What stands for a neuron, element by element, from its weight z and its gradient v; its score is
+# the l2 norm of that (section 2.1.1). Another criterion is one more line.
+CRITERIA = {
     "magnitude": lambda z, v: z,
     "gradient": lambda z, v: v,
 }
@@ -1123,8 +1130,8 @@ def full_passes(model, x, variants, weights, unit="channel"):
 
 def count_right(model, batches, variants, weights, unit="channel", passes=full_passes):
     """How many images the model gets right as it is and under each variant (see full_passes), over
-    batches (x, y, g, ...): for every variant {group: {n, correct_before, correct_after, and of the
-    images that changed to_wrong, to_right}}. Memory hardly grows with the number of variants, of
+    batches (x, y, g, ...): for every variant {group: {n, correct_before, correct_after, to_wrong,
+    to_right}}, the last two of the images that were right before alone, or after alone. Memory hardly grows with the number of variants, of
     which only the logits are kept."""
     counts = [{} for _ in variants]
     with evaluating(model), torch.inference_mode():

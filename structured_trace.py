@@ -147,15 +147,14 @@ def print_summary(summary, groups, k):
     for criterion, found in summary.items():
         for row, group in zip(found["groups"], groups, strict=True):
             rows.append({"criterion": criterion, **row, "group": common.long(group)})
-        if found["thirds"]:
-            thirds.append({"criterion": criterion, **found["thirds"]})
+        shares = found["thirds"] or dict.fromkeys(("first", "middle", "last"), "-")
+        thirds.append({"criterion": criterion, **shares})
     common.print_rows(
         f"Change in training accuracy by zeroing {k} neurons of one layer, percentage points (* "
         "minority)",
         rows,
     )
-    if thirds:
-        common.print_rows("Share of the minorities' absolute change, by thirds of layers", thirds)
+    common.print_rows("Share of the minorities' absolute change, by thirds of layers", thirds)
 
 
 def plot_heat(heat, layers, groups, k):

@@ -182,13 +182,13 @@ def main(args):
     if control:
         common.print_rows(
             f"Do the top {few[-1]} cost minorities more training accuracy than random ones? In "
-            "points; 95 % of random sets lie between low and high",
-            control,
+            "points, but for images; 95 % of random sets lie between low and high",
+            [{**test, "group": short(groups[test["group"]])} for test in control],
         )
     else:
         print("\nno control: it takes a minority group and --controls")
 
-    shown = f"top {listed} of {total} neurons ({100 * listed / total:.2g} %)"
+    shown = f"top {listed} neurons of each set (of {total}, {100 * listed / total:.2g} %)"
     figures = {
         "fig02_zero.png": plot_changes(rows, groups, args, "zero", [""]),
         "fig03_ranks.png": plot_ranks(neurons, shown),
@@ -421,6 +421,8 @@ def print_changes(changes, groups):
     rows = []
     for line in changes:
         row = {key: line[key] for key in LINE}
+        if row["selected_by"] != "own":
+            row["selected_by"] = short(groups[row["selected_by"]])
         for group in groups:
             row[short(group)] = "-"
             if group["group"] in line["points"]:
@@ -428,7 +430,8 @@ def print_changes(changes, groups):
                 row[short(group)] = f"{points:+.2f} ({line['images'][group['group']]:+.1f})"
         rows.append(row)
     common.print_rows(
-        "Change in accuracy in percentage points (images); selected by: whose neurons; * minority",
+        "Change in accuracy in percentage points (images); * minority; selected by: the group whose "
+        "neurons they are, or own, each group's or, by magnitude, those of all",
         rows,
     )
 

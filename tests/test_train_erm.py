@@ -150,6 +150,23 @@ def test_figures_show_something(erm_run):
         assert len(picture.getcolors(1 << 20)) > 20
 
 
+def test_terms_below_zero_are_drawn():
+    """A term that somebody adds may be a bonus; and a curve may be of one epoch alone."""
+    report = common.group_report(
+        torch.tensor([0]),
+        torch.tensor([0]),
+        torch.tensor([0]),
+        common.describe_groups(["cow"], ["grass"], [1]),
+    )
+    start = {"epoch": 0, "terms": {}, "train": report, "val": report}
+    row = {**start, "epoch": 1, "terms": {"squared error": 0.5, "entropy": -0.6}}
+    accuracy, loss = common.plot_epochs([start, row]).axes
+    assert accuracy.get_ylim()[1] == 1.05
+    low, high = loss.get_ylim()
+    assert low < -0.6 and high > 0.5
+    assert loss.get_xlim() == accuracy.get_xlim()
+
+
 def test_steps_by_hand(train, tmp_path):
     """Two epochs of one step of Adam, each with its own order and augmentation."""
     train("--epochs 2 --augment crop-flip --batch-size 32 --lr 1e-3")

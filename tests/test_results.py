@@ -523,3 +523,38 @@ def test_page_and_numbers_agree():
     _, water, land, _ = common.WATERBIRDS[0]  # accuracies of section 2.1
     assert round(100 * 88 / water, 2) == 47.83
     assert round(100 * 39 / land, 2) == 69.64
+
+
+def test_front_page_and_numbers_agree():
+    """Every measured cell of the front page's table, or a dash where nothing was measured."""
+    data = {
+        "built-in set": "birds/metadata.csv, resnet10",
+        "birds, CNN": "birds50/metadata.csv, tf_efficientnet_lite0",
+        "birds, ViT": "birds50/metadata.csv, vit_tiny_patch16_224",
+        "faces, CNN": "celeba10k/list_attr_celeba.txt, tf_efficientnet_lite0",
+        "faces, ViT": "celeba10k/list_attr_celeba.txt, vit_tiny_patch16_224",
+    }
+    rows = {
+        "ERM (ordinary training), best epoch": "ERM, selected epoch",
+        "ERM continued from the start of the method": "erm-continued",
+        "the method (largest magnitude masked)": "finetune",
+        "random neurons masked instead": "random",
+    }
+    records = compare.independent(compare.read_store(ROOT / "results/numbers.jsonl"))
+    values = {}
+    for of, row, column, value in compare.accuracies(records):
+        if column == "worst group":
+            values.setdefault((of, row), []).append(value)
+    page = (ROOT / "README.md").read_text()
+    header, _, *lines = page.split("## What came out")[1].split("\n\n")[1].splitlines()
+    columns = [cell.strip() for cell in header.split("|")[2:-1]]
+    assert columns == [*data]
+    found = {}
+    for line in lines:
+        row, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if row in rows:
+            found[row] = cells
+    assert [*found] == [*rows]
+    for row, cells in found.items():
+        expected = [compare.cell(values.get((of, rows[row]), [])) for of in data.values()]
+        assert cells == expected

@@ -1131,8 +1131,8 @@ def full_passes(model, x, variants, weights, unit="channel"):
 def count_right(model, batches, variants, weights, unit="channel", passes=full_passes):
     """How many images the model gets right as it is and under each variant (see full_passes), over
     batches (x, y, g, ...): for every variant {group: {n, correct_before, correct_after, to_wrong,
-    to_right}}, the last two of the images that were right before alone, or after alone. Memory hardly grows with the number of variants, of
-    which only the logits are kept."""
+    to_right}}, the last two of the images that were right before alone, or after alone. Memory
+    hardly grows with the number of variants, of which only the logits are kept."""
     counts = [{} for _ in variants]
     with evaluating(model), torch.inference_mode():
         for x, y, g, *_ in batches:

@@ -430,8 +430,8 @@ def print_changes(changes, groups):
                 row[short(group)] = f"{points:+.2f} ({line['images'][group['group']]:+.1f})"
         rows.append(row)
     common.print_rows(
-        "Change in accuracy in percentage points (images); * minority; selected by: the group whose "
-        "neurons they are, or own, each group's or, by magnitude, those of all",
+        "Change in accuracy in percentage points (images); * minority; selected by: the group "
+        "whose neurons they are, or own, each group's or, by magnitude, those of all",
         rows,
     )
 

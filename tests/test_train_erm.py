@@ -300,8 +300,12 @@ def test_other_settings_are_refused(train, copy, more, words):
 
 
 def test_overwrite_leaves_nothing_of_the_older_run(train, copy):
+    """But what the user put there stays, though its name begins alike."""
+    (copy / "erm/epoch_1000.pt").touch()
+    (copy / "erm/epoch_001_copy.pt").touch()
     train("--overwrite --epochs 1 --keep-epochs")
-    assert set(stamps(copy)) == WRITTEN - {"epoch_002.pt", "epoch_003.pt"}
+    left = WRITTEN - {"epoch_002.pt", "epoch_003.pt"}
+    assert set(stamps(copy)) == {*left, "epoch_001_copy.pt"}
     assert common.read_json(copy / "erm/args.json")["args"]["epochs"] == 1
 
 

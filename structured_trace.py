@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 
 FILES = ("args.json", "layers.csv", "results.json", "fig07_layers.png")
+THIRDS = ("first", "middle", "last")  # of the network
 
 
 def parse_args(argv=None):
@@ -137,7 +138,7 @@ def summarize_layers(heat, layers, groups):
     thirds = None
     if minority.any():
         shares = [float(part.sum() / minority.sum()) for part in np.array_split(minority, 3)]
-        thirds = dict(zip(("first", "middle", "last"), shares, strict=True))
+        thirds = dict(zip(THIRDS, shares, strict=True))
     return {"groups": of_groups, "thirds": thirds}
 
 
@@ -147,7 +148,7 @@ def print_summary(summary, groups, k):
     for criterion, found in summary.items():
         for row, group in zip(found["groups"], groups, strict=True):
             rows.append({"criterion": criterion, **row, "group": common.long(group)})
-        shares = found["thirds"] or dict.fromkeys(("first", "middle", "last"), "-")
+        shares = found["thirds"] or dict.fromkeys(THIRDS, "-")
         thirds.append({"criterion": criterion, **shares})
     common.print_rows(
         f"Change in training accuracy by zeroing {k} neurons of one layer, percentage points (* "

@@ -78,6 +78,8 @@ def reading(path, advice):
         raise
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file; {advice}") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{path}: cannot be used ({reason}); {advice}") from error
@@ -93,6 +95,7 @@ SPLIT_WORDS = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "valida
 # Waterbirds (Sagawa et al. 2020) is known by its images per group in train, val and test
 WATERBIRDS = [[3498, 184, 56, 1057], [467, 466, 133, 133], [2255, 2255, 642, 642]]
 CELEBA = ("Blond_Hair", "Male")  # and CelebA (Liu et al. 2015) by its columns
+CELEBA_LISTS = ("list_attr_celeba", "list_eval_partition")  # in which they are, txt or csv
 # Where images lie, seen from the labels, in the layouts in which the two sets circulate
 IMAGE_FOLDERS = [
     "",
@@ -124,11 +127,13 @@ class Table:
     def fingerprint(self, *splits):
         """Tells whether labels or images of these splits changed. Images are known by their names
         below the folder that all of them have in common, so the data may move as a whole."""
-        above = len(os.path.commonpath([os.path.dirname(file) for file in self.files]))
-        names = [unicodedata.normalize("NFC", file[above:].lstrip("/")) for file in self.files]
-        labels = zip(names, self.y.tolist(), self.a.tolist(), self.split.tolist(), strict=True)
-        rows = [row for row in labels if SPLITS[row[-1]] in splits]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        rows = zip(self.files, self.y.tolist(), self.a.tolist(), self.split.tolist(), strict=True)
+        rows = [row for row in rows if SPLITS[row[-1]] in splits]
+        above = len(os.path.commonpath([os.path.dirname(file) for file, *_ in rows]))
+        known = []
+        for file, *labels in rows:
+            known.append([unicodedata.normalize("NFC", file[above:].lstrip("/")), *labels])
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def is_built_in(table):
@@ -143,9 +148,9 @@ def read_table(data, attributes=None):
     Raises BadInput."""
     path = Path(data).absolute()
     if not path.exists():
-        raise BadInput(f"--data {data}: no such file or folder")
-    if path.name.startswith("list_"):  # one of CelebA's lists
-        path = path.parent
+        raise BadInput(f"{data}: no such file or folder; --data names where the labels are")
+    if path.stem in CELEBA_LISTS:
+        return read_celeba(path.parent, attributes or CELEBA)
     tables = sorted(path.glob("metadata*.csv")) if path.is_dir() else [path]
     if len(tables) > 1:
         raise BadInput(f"{path} holds {len(tables)} metadata*.csv; name one")
@@ -159,11 +164,14 @@ def read_table(data, attributes=None):
 def read_celeba(folder, attributes=CELEBA):
     """The labels of CelebA from its two lists, txt or csv, joined by file name and never by the
     order of rows. Raises BadInput."""
-    labels = find_list(folder, "list_attr_celeba")
-    partition = find_list(folder, "list_eval_partition")
+    labels, partition = (find_list(folder, stem) for stem in CELEBA_LISTS)
     _, (files, y, a) = read_columns(labels, "image_id", *attributes)
     _, (ids, parts) = read_columns(partition, "image_id", "partition")
     split_of = dict(zip(ids, parts, strict=True))
+    if len(split_of) < len(ids):
+        raise BadInput(
+            f"{partition}: {len(ids) - len(split_of)} images stand in it twice; keep one row each"
+        )
     alone = sorted(split_of.keys() ^ set(files))
     if alone:
         raise BadInput(
@@ -175,9 +183,14 @@ def read_celeba(folder, attributes=CELEBA):
 
 def find_list(folder, stem):
     """One of CelebA's two lists, in the folder or one below it. Raises BadInput."""
-    for pattern in (f"{stem}.txt", f"{stem}.csv", f"*/{stem}.txt", f"*/{stem}.csv"):
-        for path in sorted(folder.glob(pattern)):
-            return path
+    for pattern in (f"{stem}.*", f"*/{stem}.*"):
+        found = [path for path in sorted(folder.glob(pattern)) if path.suffix in (".txt", ".csv")]
+        if len(found) > 1:
+            raise BadInput(
+                f"{folder} holds {len(found)} lists {stem}; keep one, or name the folder of one"
+            )
+        if found:
+            return found[0]
     raise BadInput(
         f"{folder} holds neither metadata*.csv nor list_attr_celeba and list_eval_partition; name "
         "the folder that does, or see the README"
@@ -191,6 +204,8 @@ def read_columns(path, *wanted):
     advice = "expected UTF-8 text, a header and rows; is it cut off, or a quote left open?"
     with reading(path, advice), open(path, encoding="utf-8-sig") as file:
         lines = file.readlines()
+        if not "".join(lines).strip():
+            raise BadInput(f"{path}: it is empty")
         if path.name == "list_eval_partition.txt":  # has no header
             rows = map(str.split, ["image_id partition", *lines])
         elif path.name == "list_attr_celeba.txt":  # begins with the number of rows
@@ -244,7 +259,7 @@ def number_values(values, label):
     keys = {}  # of each spelling: what it is sorted by
     for text in set(values):
         word = unicodedata.normalize("NFC", str(text))
-        number = re.fullmatch(r"(-?(?:0|[1-9]\d*))(?:\.0*)?", word)
+        number = re.fullmatch(r"(-?(?:0|[1-9]\d{0,17}))(?:\.0*)?", word)
         keys[text] = (0, int(number[1]), "") if number else (1, 0, word)
     ordered = sorted(set(keys.values()))
     codes = {key: code for code, key in enumerate(ordered)}
@@ -297,6 +312,9 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
         if empty:
             warn(f"{source}: {name} has no image of {', '.join(empty)}, so no accuracy of it")
     root, files = locate_images(Path(folder).absolute(), files)
+    repeats = len(files) - len(set(zip(files, split.tolist(), g.tolist(), strict=True)))
+    if repeats:
+        warn(f"{source}: {repeats} rows stand in it twice, and their images count twice")
     for word, values in (("split", split), ("class", y), ("attribute", a)):
         twice = len(set(zip(files, values.tolist(), strict=True))) - len(set(files))
         if twice:
@@ -650,10 +668,10 @@ def check_finite_weights(model):
             raise ValueError(f"{name} has a weight that is not a finite number")
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, advice="train_erm.py and finetune_contrastive.py make such checkpoints"):
     """What a training stage wrote, on the CPU. Raises BadInput if it is missing, damaged or
     foreign."""
-    with reading(path, "train_erm.py and finetune_contrastive.py make such checkpoints"):
+    with reading(path, advice):
         checkpoint = load_tensors(path)
         keys = "model arch n_classes classes size mean std epoch data args"
         missing = [key for key in keys.split() if key not in checkpoint]
@@ -1267,6 +1285,9 @@ class Fork(torch.fx.Interpreter):
 # 6. Runs: flags, files, errors
 # ------------------------------------------------------------------------------------------------
 
+# What to do where a run folder is damaged
+START_ANEW = "if its run cannot be repaired, move its folder away and start anew"
+
 # Arguments that leave the results alone, or whose content is compared instead of their spelling
 NOT_SETTINGS = {
     "run",
@@ -1306,8 +1327,8 @@ def make_parser(description):
     g.add_argument(
         "--workers",
         type=number(int, 0, 1000),
-        help="processes that read images (the cores at hand, at most 8; 0 where the network itself "
-        "runs on the CPU)",
+        help="processes that read images, so many for training and for each split that is "
+        "evaluated (the cores at hand, at most 8; 0 where the network itself runs on the CPU)",
     )
     g.add_argument(
         "--precision",
@@ -1461,7 +1482,7 @@ def check_finite(loss, epoch, model, advice):
 
 def read_json(path):
     """What a JSON file of a run folder holds, a dict. Raises BadInput."""
-    with reading(path, "it should be JSON that this project wrote; move its folder away"):
+    with reading(path, START_ANEW):
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict):
             raise TypeError("not a dict")
@@ -1597,7 +1618,7 @@ def changed_settings(folder, args, defaults, inputs):
     an input, a fingerprint, that is None or that the run did not know counts as unchanged."""
     before = read_json(folder / "args.json")
     changed = []
-    with reading(folder / "args.json", "use --overwrite or another --run"):
+    with reading(folder / "args.json", START_ANEW):
         known = {**plain(defaults), **before["args"]}
         for key, value in settings(args).items():
             left_out = key not in before["args"] and known[key] is None
@@ -1626,7 +1647,7 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
     finished = False
     if ended:
         results = read_json(folder / "results.json")
-        with reading(folder / "results.json", "use --overwrite or another --run"):
+        with reading(folder / "results.json", START_ANEW):
             finished = (
                 results["epochs"] >= args.epochs
                 and results.get("test_labels", test_labels) == test_labels
@@ -1642,18 +1663,24 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
     if finished:
         print(f"{folder} is finished; --overwrite starts anew")
         return None, results
-    return load_checkpoint(folder / "last.pt"), None
+    return load_checkpoint(folder / "last.pt", START_ANEW), None
 
 
 def restore(folder, last, model, optimizer, scheduler):
     """Bring a training stage back to where last.pt left it; returns its log. Raises BadInput, also
-    if best.pt is lost, as the end needs it."""
-    with reading(folder / "last.pt", "use --overwrite"):
+    if best.pt, which the end needs, is lost or of another run."""
+    with reading(folder / "last.pt", START_ANEW):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
         log = last["log"]
-    load_checkpoint(folder / "best.pt")
+        # A kill may have come when best.pt was of the next epoch already and last.pt was not
+        epochs = (selected(log)["epoch"], log[-1]["epoch"] + 1)
+    best = load_checkpoint(folder / "best.pt", START_ANEW)
+    if best["epoch"] not in epochs or erm_of(best)["id"] != erm_of(last)["id"]:
+        raise BadInput(
+            f"{folder / 'best.pt'} is not of epoch {epochs[0]} of this run; {START_ANEW}"
+        )
     return log
 
 
@@ -1674,7 +1701,7 @@ def save_epoch(folder, checkpoint, log, optimizer, scheduler, files, **more):
 def measure_selected(folder, model, test, table, log):
     """What results.json says of the selected epoch. The accuracy of the test split is measured here
     and nowhere else."""
-    model.load_state_dict(load_checkpoint(folder / "best.pt")["model"])
+    model.load_state_dict(load_checkpoint(folder / "best.pt", START_ANEW)["model"])
     reports, _ = evaluate(model, test, table.groups)
     row = selected(log)
     return {
@@ -1717,7 +1744,7 @@ def script():
     def stop(number, _):
         if os.getpid() == main_process:  # and not a worker that has just been forked
             with contextlib.suppress(OSError):
-                os.write(2, f"\n{program}: stopped; the same command continues\n".encode())
+                os.write(2, f"\n{program}: stopped; run the same command again\n".encode())
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

@@ -44,8 +44,8 @@ FILES = (
 
 def parse_args(argv=None):
     p = common.make_parser(
-        f"{__doc__}\nIn brackets: the default, which follows the paper's text but for --lam; "
-        "'code' says what\nthe released code does where that is something else."
+        f"{__doc__}\nIn brackets: the default, which follows the paper's text but for --lam and the "
+        "least of --epochs;\n'code' says what the released code does where that is something else."
     )
     p.add_argument("--name", default="finetune", help="folder in RUN, to keep several (finetune)")
     g = p.add_argument_group("start")
@@ -268,7 +268,8 @@ def main(args):
     test_labels = table.fingerprint("test")
     last, finished = common.earlier_run(folder, args, parse_args([]), FILES, test_labels, **inputs)
     if finished:
-        print_table(finished)
+        with common.reading(folder / "results.json", common.START_ANEW):
+            print_table(finished)
         return
 
     # Optimizer, and where an interrupted run left it
@@ -320,7 +321,7 @@ def main(args):
             sum(sums.values()) / n,
             epoch,
             model,
-            f"try an --lr below {args.lr}, or a --temperature above {args.temperature}",
+            "try a lower --lr or --lam, or a higher --temperature",
         )
         scheduler.step(loss)
 
@@ -380,14 +381,19 @@ def starting_point(args):
         return args.checkpoint
     if args.kick_in:
         return folder / f"epoch_{args.kick_in:03d}.pt"
-    with common.reading(folder / "args.json", "run train_erm.py first, or give --checkpoint"):
-        epochs = json.loads((folder / "args.json").read_text())["args"]["epochs"]
-        kick_in = max(1, epochs * 2 // 5)
+    kick_in = max(1, erm_epochs(args.run) * 2 // 5)
     path = folder / f"epoch_{kick_in:03d}.pt"
     if path.exists():
         return path
     common.warn(f"{folder} has not kept epoch {kick_in}, 40 % of its epochs; using best.pt")
     return folder / "best.pt"
+
+
+def erm_epochs(run):
+    """How many epochs RUN/erm has, or will have. Raises BadInput."""
+    path = run / "erm" / "args.json"
+    with common.reading(path, "train_erm.py writes it; or give --checkpoint"):
+        return json.loads(path.read_text())["args"]["epochs"]
 
 
 def resolve(args, erm, table, weights):
@@ -396,7 +402,10 @@ def resolve(args, erm, table, weights):
         if getattr(args, key) is None:
             setattr(args, key, erm["settings"][key])
     if args.epochs is None:
-        args.epochs = max(4, erm["settings"]["epochs"] // 5)
+        epochs = erm["settings"]["epochs"]
+        if args.checkpoint.parent == args.run / "erm":  # which may have been extended since
+            epochs = erm_epochs(args.run)
+        args.epochs = max(4, epochs // 5)
     if args.unit == "auto":
         args.unit = common.choose_unit(weights)
     args.minority = [group["group"] for group in table.groups if group["minority"]]

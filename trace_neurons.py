@@ -58,8 +58,8 @@ def parse_args(argv=None):
         nargs="+",
         default=[1, 2, 3, 5, 10],
         metavar="K",
-        help="every K is zeroed; noise and figures use the three smallest, and the random sets are "
-        "as large as the largest of those three (1 2 3 5 10)",
+        help="every K is zeroed; noise and the figures of changes use the three smallest, and the "
+        "random sets are as large as the largest of those three (1 2 3 5 10)",
     )
     g.add_argument(
         "--sigma",
@@ -85,6 +85,7 @@ def parse_args(argv=None):
     if 0 < args.controls < 39:
         p.error(f"--controls {args.controls}: expected 0, or at least 39 for a 95 % range")
     args.top_k = sorted(set(args.top_k))
+    args.sigma = list(dict.fromkeys(args.sigma))  # the first one has figures of its own
     return args
 
 
@@ -181,8 +182,8 @@ def main(args):
     print_changes(results["changes"], groups)
     if control:
         common.print_rows(
-            f"Do the top {few[-1]} cost minorities more training accuracy than random ones? In "
-            "points, but for images; 95 % of random sets lie between low and high",
+            f"Do the top {few[-1]} cost minorities more training accuracy than random ones? "
+            "observed, mean, low and high in points; 95 % of random sets lie between low and high",
             [{**test, "group": short(groups[test["group"]])} for test in control],
         )
     else:
@@ -431,7 +432,8 @@ def print_changes(changes, groups):
         rows.append(row)
     common.print_rows(
         "Change in accuracy in percentage points (images); * minority; selected by: the group "
-        "whose neurons they are, or own, each group's or, by magnitude, those of all",
+        "whose neurons they are; own: each group's or, where a criterion needs no gradient, those "
+        "of all",
         rows,
     )
 

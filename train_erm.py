@@ -71,7 +71,9 @@ def parse_args(argv=None):
         "or .safetensors, of which all but the head is taken (default)",
     )
     g.add_argument(
-        "--size", type=common.positive_int, help="side of the network's input in pixels (224; 40)"
+        "--size",
+        type=common.number(int, 8, 10**5),
+        help="side of the network's input in pixels (224; 40)",
     )
     g = p.add_argument_group("training")
     g.add_argument(
@@ -95,8 +97,9 @@ def parse_args(argv=None):
         type=common.positive_int,
         nargs="*",
         metavar="N",
-        help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all, a "
-        "checkpoint that is always kept (30 40 50 60; 3 4 5 6)",
+        help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all; that one "
+        "is kept in any case, unless a larger --epochs comes when it has passed (30 40 50 60; 3 4 5 "
+        "6)",
     )
     g.add_argument(
         "--seed",
@@ -131,7 +134,8 @@ def main(args):
     test_labels = table.fingerprint("test")
     last, finished = common.earlier_run(folder, args, parse_args([]), FILES, test_labels, **inputs)
     if finished:
-        print_table(finished)
+        with common.reading(folder / "results.json", common.START_ANEW):
+            print_table(finished)
         return
 
     # Model, optimizer, and where an interrupted run left them

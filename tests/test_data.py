@@ -92,7 +92,17 @@ def test_celebas_lists(tmp_path, form, images, lists):
 
     path = next(tmp_path.rglob("list_eval*"))
     path.with_suffix(".bak").write_text("")  # is not read
-    path.write_text(path.read_text().replace("000003.jpg", "999999.jpg"))
+    assert counts_of(read_table(path)) == COUNTS  # either list stands for both
+    text = path.read_text()
+    path.write_text(text.replace("000003.jpg", "000004.jpg"))
+    with pytest.raises(BadInput, match="1 images stand in it twice; keep one row each"):
+        read_table(tmp_path)
+    copy = path.with_suffix(".csv" if form == "txt" else ".txt")
+    copy.write_text(text)
+    with pytest.raises(BadInput, match="holds 2 lists list_eval_partition; keep one"):
+        read_table(tmp_path)
+    copy.unlink()
+    path.write_text(text.replace("000003.jpg", "999999.jpg"))
     with pytest.raises(BadInput, match=r"do not join: 2 images .*000003.jpg, 999999.jpg"):
         read_table(tmp_path)
     path.unlink()
@@ -262,6 +272,8 @@ def test_labels_are_text_but_for_plain_numbers():
     codes, names = common.number_values(["10", "9", "9.0", "100"], "y")  # by size
     assert codes.tolist() == [1, 0, 0, 2]
     assert names == ["y=9", "y=10", "y=100"]
+    digits = "9" * 5000  # more than int() takes
+    assert common.number_values([digits, "5"], "y")[0].tolist() == [1, 0]
     both = ["Möwe", unicodedata.normalize("NFD", "Möwe"), "Ente"]
     codes, names = common.number_values(both, "y")  # two spellings of one word in Unicode
     assert codes.tolist() == [1, 1, 0]
@@ -344,6 +356,10 @@ def test_the_fingerprint_is_that_of_labels_and_names_below_the_common_folder(tmp
         for split in splits:
             same = after.fingerprint(split) == before.fingerprint(split)
             assert same == (split != changed), (changed, split)
+    apart = [[f"{'t' if row[-1] == '2' else 'i'}/{row[0]}", *row[1:]] for row in ROWS]
+    moved = table_of(tmp_path / "two", apart)  # test images into a folder of their own
+    for split in splits:
+        assert moved.fingerprint(split) == before.fingerprint(split), split
 
 
 @pytest.mark.parametrize("disk, table", [("NFD", "NFC"), ("NFC", "NFD")])
@@ -370,7 +386,7 @@ TEXT = "\n".join(",".join(row) for row in [HEADER, *ROWS])
     {
         "it holds no rows": ",".join(HEADER),
         "a quote left open": TEXT.replace("i/5", '"i/5'),
-        "is it cut off": "",
+        "it is empty": "",
         "every row needs 4 cells": TEXT[:-2],
         "every row needs 4 cells.* is 'x,0,0'": f"{TEXT}\nx,0,0",
         "no column img_filename or filename in the header x": TEXT.replace("img_filename", "x"),
@@ -394,6 +410,16 @@ def test_tables_that_cannot_be_used(tmp_path, words, text):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_ones_own_is_read_by_its_content(tmp_path):
+    """Whatever it is called, and whatever lies beside it."""
+    waterbirds(tmp_path)
+    turned = [[file, str(1 - int(y)), a, split] for file, y, a, split in ROWS]
+    write_table(tmp_path, [HEADER, *turned], "list_birds.csv")
+    there = read_table(tmp_path)
+    table = read_table(tmp_path / "list_birds.csv")
+    assert (table.y == 1 - there.y).all()
+
+
 def test_what_is_said_but_not_refused(tmp_path, capsys):
     rows = [row for row in ROWS if row[1:] != ["1", "0", "1"]]  # no val image of group 2
     table_of(tmp_path, rows)
@@ -406,8 +432,11 @@ def test_what_is_said_but_not_refused(tmp_path, capsys):
     err = capsys.readouterr().err
     for what in ("split", "class", "attribute"):
         assert f"1 images stand in more than one {what}\n" in err
-    table_of(tmp_path, [*ROWS, ROWS[0]])  # twice the same says nothing else
-    assert capsys.readouterr().err == ""
+    table_of(tmp_path, [*ROWS, ROWS[0], [f"./{ROWS[1][0]}", *ROWS[1][1:]]])
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/metadata.csv: 2 rows stand in it twice, and their images count "
+        "twice\n"
+    )
 
 
 # ---- pixels ----

@@ -403,7 +403,7 @@ def test_the_same_command_and_others(run, capsys):
     shutil.copy(run / "erm/epoch_003.pt", run / "erm/best.pt")  # as if ERM had been run again
     with pytest.raises(common.BadInput, match="the start changed"):
         finetune(run, "a", "--epochs 2")
-    with pytest.raises(common.BadInput, match="diverged in epoch 1, .* try an --lr below 1"):
+    with pytest.raises(common.BadInput, match="diverged in epoch 1, .* try a lower --lr or --lam"):
         finetune(run, "a", "--overwrite --lr 1e12")
     assert {path.name for path in (run / "a").iterdir()} == {"args.json", ".lock"}
 
@@ -418,6 +418,11 @@ def test_where_it_starts(run, capsys):
     (run / "erm/epoch_001.pt").unlink()  # as after an extension
     assert start() == "best.pt"
     assert "has not kept epoch 1, 40 % of its epochs; using best.pt" in capsys.readouterr().err
+    record = common.read_json(run / "erm/args.json")
+    record["args"]["epochs"] = 30  # as if it were extended so far
+    common.write(run / "erm", {"args.json": record})
+    finetune(run, "long", "--kick-in 3 --prune-fraction 0.01")
+    assert common.read_json(run / "long/args.json")["args"]["epochs"] == 6  # a fifth
     first = finetune(run, "first", "--epochs 1 --kick-in 2")
     assert content(first)[0]["start_epoch"] == 2
     with pytest.raises(common.BadInput, match="lies in the folder to be filled"):

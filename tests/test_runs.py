@@ -399,6 +399,48 @@ def test_what_the_end_needs_is_said_before_training(train, tmp_path):
     assert stamps(tmp_path / "run") == before
 
 
+def test_a_best_checkpoint_of_another_run(train, tmp_path):
+    """It would be measured at the end. That of the next epoch is none: a kill came before last.pt
+    was written, and the epoch is run again."""
+    folder = tmp_path / "run/erm"
+    train("--seed 8")
+    shutil.copy(folder / "best.pt", tmp_path)
+    train("--overwrite", stop_after=2)
+    own = (folder / "best.pt").read_bytes()
+    shutil.copy(tmp_path / "best.pt", folder)
+    assert "best.pt is not of epoch" in train(code=2)
+    (folder / "best.pt").write_bytes(own)
+    log = common.load_checkpoint(folder / "last.pt")["log"]
+    for epoch, code in ((log[-1]["epoch"] + 1, 0), (log[-1]["epoch"] + 2, 2)):
+        shutil.copytree(folder, tmp_path / f"{epoch}/run/erm")
+        checkpoint = {**common.load_checkpoint(folder / "best.pt"), "epoch": epoch}
+        torch.save(checkpoint, tmp_path / f"{epoch}/run/erm/best.pt")
+        train(f"--run {tmp_path}/{epoch}/run", code)
+
+
+@pytest.mark.parametrize("name", ["args.json", "results.json", "last.pt"])
+@pytest.mark.parametrize("damage", ["empty", "lacking"])
+def test_damaged_files_of_a_run_say_what_to_do(train, copy, name, damage):
+    """And nothing else is touched; when the folder is moved away, it starts anew."""
+    path = copy / "erm" / name
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif name == "last.pt":
+        last = common.load_checkpoint(path)
+        del last["optimizer"]
+        torch.save(last, path)
+    else:
+        path.write_text('{"stage": "erm", "epochs": 4}')
+    before = stamps(copy)
+    more = "--epochs 5" if name == "last.pt" else ""  # which a finished run does without
+    said = train(more, code=2)
+    assert f"{path}: cannot be used" in said
+    assert common.START_ANEW in said
+    assert stamps(copy) == before
+    (copy / "erm").rename(copy / "erm-damaged")
+    assert "epoch 1/1" in train("--epochs 1")
+
+
 def test_a_setting_that_an_older_run_did_not_know(train, copy):
     """Counts as its default, in finished runs and in those that go on."""
     path = copy / "erm/args.json"
@@ -530,7 +572,7 @@ def test_ctrl_c_says_so_in_one_line(erm_run, tmp_path, monkeypatch):
 
     assert exit_code(in_fork(interrupted)) == -signal.SIGINT
     (line,) = (tmp_path / "err").read_text().strip().splitlines()
-    assert line.endswith(": stopped; the same command continues")
+    assert line.endswith(": stopped; run the same command again")
     assert {path.name for path in (tmp_path / "run/erm").iterdir()} == {"args.json", ".lock"}
 
 

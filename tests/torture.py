@@ -295,7 +295,7 @@ def signalled(bench):
     send = bench.random.choice([os.kill, os.killpg])  # a terminal sends it to the whole group
     send(pid, number)
     code, err = finish(folder, pid)
-    said = number == signal.SIGINT and one_line(err, "stopped; the same command continues")
+    said = number == signal.SIGINT and one_line(err, "stopped; run the same command again")
     held = code == 0 or (code == -number and (said or not lines(err)))
     held = held and group_ends(pid)
     again, more = run(folder, command)

@@ -45,7 +45,8 @@ FILES = (
 def parse_args(argv=None):
     p = common.make_parser(
         f"{__doc__}\nIn brackets: the default, which follows the paper's text but for --lam and "
-        "the least of\n--epochs; 'code' says what the released code does where that is something else."
+        "the least\nof --epochs; 'code' says what the released code does where that is something "
+        "else."
     )
     p.add_argument("--name", default="finetune", help="folder in RUN, to keep several (finetune)")
     g = p.add_argument_group("start")

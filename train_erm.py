@@ -97,8 +97,8 @@ def parse_args(argv=None):
         type=common.positive_int,
         nargs="*",
         metavar="N",
-        help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all; that one "
-        "is kept in any case, unless a larger --epochs comes when it has passed (30 40 50 60; 3 4 5 "
+        help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all; that "
+        "one is always kept, but where a larger --epochs comes too late for it (30 40 50 60; 3 4 5 "
         "6)",
     )
     g.add_argument(

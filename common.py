@@ -138,7 +138,7 @@ class Table:
 
 def is_built_in(table):
     """Whether the table is that of the built-in set."""
-    return Path(table.source).resolve() == BIRDS / "metadata.csv"
+    return os.path.realpath(table.source) == str(BIRDS / "metadata.csv")
 
 
 def read_table(data, attributes=None):
@@ -311,7 +311,7 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
             )
         if empty:
             warn(f"{source}: {name} has no image of {', '.join(empty)}, so no accuracy of it")
-    root, files = locate_images(Path(folder).absolute(), files)
+    root, files = locate_images((folder, Path(source).parent), files)
     repeats = len(files) - len(set(zip(files, split.tolist(), g.tolist(), strict=True)))
     if repeats:
         warn(f"{source}: {repeats} rows stand in it twice, and their images count twice")
@@ -322,18 +322,22 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
     return Table(str(source), root, files, y, a, g, split, classes, groups)
 
 
-def locate_images(folder, files):
-    """Where the images lie: the folder to which all files are relative, and the files in it. Full
-    paths, and those that lead out of the folder, become relative to what they have in common."""
+def locate_images(folders, files):
+    """Where the images lie: the folder to which all files are relative, and the files in it. It is
+    looked for in the folders, then in the working directory. Full paths, and those that lead out of
+    the first folder, become relative to what they have in common."""
+    folders = [Path(folder).absolute() for folder in folders]
     files = [os.path.normpath(str(file).replace("\\", "/")) for file in files]
     if any(os.path.isabs(file) or file.startswith("..") for file in files):
-        paths = [os.path.normpath(folder / file) for file in files]
+        paths = [os.path.normpath(folders[0] / file) for file in files]
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
         return Path(root), [os.path.relpath(path, root) for path in paths]
-    for root in [*(folder / name for name in IMAGE_FOLDERS), Path.cwd()]:
-        if find_file(root, files[0]):
+    some = files[:: math.ceil(len(files) / 20)]  # one that is missing must not lead elsewhere
+    roots = [folder / name for folder in folders for name in IMAGE_FOLDERS]
+    for root in (*roots, Path.cwd()):
+        if any(find_file(root, file) for file in some):
             return root, files
-    return folder, files
+    return folders[0], files
 
 
 def find_file(root, file):
@@ -1458,7 +1462,7 @@ def machine(args):
         half = args.precision == "bf16"
         # Without a cache of weights, as they change inside
         autocast = torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # as torch was built without it
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device}: {reason}; use cpu or what is there") from error
     if args.workers is None:
@@ -1573,6 +1577,14 @@ def open_folder(folder, names):
     files that the stage writes. Raises BadInput if another process holds it."""
     check_own(folder, names)
     folder.mkdir(parents=True, exist_ok=True)
+    hold(folder)
+    for name in names:  # what a kill left half-written
+        for path in folder.glob(f".{name}.new"):
+            path.unlink()
+
+
+def hold(folder):
+    """Lock a folder until this process ends. Raises BadInput if another process holds it."""
     if fcntl is not None:
         # Never closed and never written to. Unlike flock, lockf is not inherited by workers
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -1585,9 +1597,6 @@ def open_folder(folder, names):
             ) from error
         except OSError as error:
             warn(f"{folder} cannot be locked ({error.strerror}); keep other processes away from it")
-    for name in names:  # what a kill left half-written
-        for path in folder.glob(f".{name}.new"):
-            path.unlink()
 
 
 def run_record(stage, args, **inputs):
@@ -1716,12 +1725,15 @@ def begin(folder, args, names, last, **inputs):
     open_folder(folder, names)
     if last is None and not args.overwrite and (folder / "last.pt").exists():
         raise BadInput(f"{folder} was filled by another process meanwhile; run the command again")
-    (folder / "results.json").unlink(missing_ok=True)  # first, as it says that all is whole
+    # In an order in which a kill leaves what starts anew: last.pt alone would be gone on from.
+    # args.json stays, as it says that the files are ours
+    gone = ["results.json"]
     if last is None:
-        for name in ("last.pt", *names):
-            for path in folder.glob(name):
-                if name != "args.json":  # which says until the end that the files are ours
-                    path.unlink()
+        gone = ["last.pt", "results.json", *names]
+    for name in gone:
+        for path in folder.glob(name):
+            if name != "args.json":
+                path.unlink()
     write(folder, {"args.json": run_record(folder.name, args, **inputs)})
 
 

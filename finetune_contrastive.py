@@ -158,7 +158,7 @@ def parse_args(argv=None):
         help="start anew where RUN/NAME holds a finished run, or one of other settings",
     )
     args = p.parse_args(argv)
-    taken = args.name in ("erm", "trace", "structured", "gradcam")
+    taken = args.name in ("erm", "trace", "structured", "gradcam") or not args.name.isprintable()
     if taken or Path(args.name).name != args.name or args.name[:1] in ("", "."):
         p.error(f"--name {args.name!r}: expected the name of a folder that no other stage uses")
     return args
@@ -404,7 +404,8 @@ def resolve(args, erm, table, weights):
             setattr(args, key, erm["settings"][key])
     if args.epochs is None:
         epochs = erm["settings"]["epochs"]
-        if args.checkpoint.parent == args.run / "erm":  # which may have been extended since
+        folder = args.checkpoint.resolve().parent
+        if folder == (args.run / "erm").resolve():  # which may have been extended since
             epochs = erm_epochs(args.run)
         args.epochs = max(4, epochs // 5)
     if args.unit == "auto":

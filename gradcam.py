@@ -13,6 +13,7 @@ args.json, focus.csv (with masks), results.json and fig10_gradcam.png.
 
 import copy
 import math
+import os
 import re
 import sys
 import textwrap
@@ -93,9 +94,8 @@ def main(args):
     models, checkpoint, table = load_networks(args)
     before, *after = models
     classes = checkpoint["classes"]
-    beside = Path(table.source).parent / "masks"
-    if args.masks is None and Path(table.source).is_file() and beside.is_dir():
-        args.masks = beside
+    test = common.open_split(checkpoint, table, "test")
+    args.masks = find_masks(args.masks, table, test)
     common.print_settings(args)
     explained = check_target(args.target, classes)
     layer = choose_layer(args.layer, models[before], checkpoint["arch"])
@@ -103,7 +103,6 @@ def main(args):
     place = layer or "the last feature map"
     heading = f"Grad-CAM of {place} ({grid[0]} x {grid[1]}), {explained}"
     print(heading)
-    test = common.open_split(checkpoint, table, "test")
     folder = args.run / "gradcam"
     common.open_folder(folder, FILES)
 
@@ -142,7 +141,7 @@ def main(args):
         scores, area = measure(measured, test, batches, layer, args)
         without = int((area == 0).sum())
         if without == len(test):
-            raise BadInput(f"--masks {args.masks}: of {without} images none has a mask there")
+            raise BadInput(f"{args.masks}: no mask of a test image shows an object")
         if without:
             common.warn(f"{without} of {len(test)} images have no mask, or an empty one")
         rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
@@ -319,11 +318,30 @@ def read_mask(path, image_path, size):
     return common.make_transform(size)(binary)[0] > 127
 
 
+def find_masks(folder, table, images):
+    """The folder of masks: the one that was given, or the folder `masks` beside the metadata if it
+    holds masks of these images; else None. Raises BadInput if what was given holds none."""
+    beside = Path(table.source).parent / "masks"
+    if folder is None and not (Path(table.source).is_file() and beside.is_dir()):
+        return None
+    if any(find_mask(folder or beside, file) for file in images.files):
+        return folder or beside
+    if folder:
+        raise BadInput(f"--masks {folder}: holds no mask, DIR/NAME.png, of a test image")
+    common.warn(f"{beside} holds no mask of a test image; nothing is measured")
+    return None
+
+
+def find_mask(folder, file):
+    """The path of an image's mask, or None."""
+    return common.find_file(folder, str(Path(file).with_suffix(".png")))
+
+
 def object_masks(images, index, folder):
     """Masks of the images `index`, bool (B, size, size), without a pixel where there is none."""
     masks = []
     for i in index:
-        path = common.find_file(folder, str(Path(images.files[i]).with_suffix(".png")))
+        path = find_mask(folder, images.files[i])
         if path is None:
             masks.append(torch.zeros(images.size, images.size, dtype=torch.bool))
         else:
@@ -398,7 +416,7 @@ def load_networks(args):
     the folder of its checkpoint or, where folders do not tell them apart, by its path."""
     model, checkpoint, table = common.reopen(args.before, args.data, args.device)
     paths = [args.before, *args.after]
-    names = [path.resolve().parent.name for path in paths]
+    names = [os.path.basename(os.path.dirname(os.path.realpath(path))) for path in paths]
     if len({*names, "random head", "gaussian"}) < len(names) + 2:  # as the controls are called
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
@@ -449,6 +467,10 @@ def check_layer(model, layer, size):
     if not gradient.any():
         raise BadInput(f"{place}: the logits do not depend on the patches; {advice}")
     grid = list(gradient.shape[2:])
+    if grid[0] != grid[1]:  # as where channels are taken for places
+        raise BadInput(f"{place}: {grid[0]} x {grid[1]} is no map of a square image; {advice}")
+    if hasattr(model, "reroll") and layer is not None:  # of Hiera, whose tokens lie in other orders
+        raise BadInput(f"{place}: its tokens do not lie in rows; leave --layer out")
     if min(grid) < 4:
         common.warn(
             f"the map has {grid[0]} x {grid[1]} positions for {size} x {size} pixels and says "

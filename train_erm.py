@@ -11,6 +11,7 @@ continues an interrupted run; a larger --epochs extends it.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -117,7 +118,7 @@ def parse_args(argv=None):
 
 def main(args):
     # Data, settings, and what an earlier run of this command left
-    if Path(args.data).resolve() == common.BIRDS and not common.BIRDS.exists():
+    if os.path.realpath(args.data) == str(common.BIRDS) and not common.BIRDS.exists():
         draw_birds()
     table = common.read_table(args.data, args.attributes)
     for flag, (paper, built_in) in DEFAULTS.items():

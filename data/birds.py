@@ -60,7 +60,10 @@ def parse_args(argv=None):
 
 
 def main(args):
+    args.out = args.out.absolute()
     if args.learn:
+        if args.weights.suffix != ".pth" or not args.weights.absolute().parent.is_dir():
+            raise common.BadInput(f"--weights {args.weights}: expected FOLDER/NAME.pth")
         learn(args.steps, args.weights)
         return
     # The folder gets its name when all is drawn, so nobody ever finds a part of the set. A second
@@ -70,7 +73,9 @@ def main(args):
     with open(args.out.with_name(f".{args.out.name}.lock"), "w") as lock:
         if common.fcntl:
             common.fcntl.lockf(lock, common.fcntl.LOCK_EX)
-        if not args.out.exists():
+        if args.out.exists():
+            print(f"{args.out} is there already, and nothing was drawn")
+        else:
             shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
             draw_set(new, args.difficulty)
             os.rename(new, args.out)

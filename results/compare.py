@@ -122,6 +122,8 @@ def main(args):
     if args.figure and args.figure.suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--figure {args.figure}: expected a name that ends in .png, .pdf or .svg")
 
+    if args.add or args.write:
+        common.hold(HERE)
     if args.runs:
         found, shown = read_runs(args.runs)
         warn_of_differences(shown)
@@ -160,10 +162,15 @@ def read_runs(folders):
             continue
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
-        folder = folder.resolve()
+        folder = Path(os.path.abspath(folder))
         one_stage = (folder / "results.json").exists()
-        run = folder.parent if one_stage else folder
-        paths = sorted(run.glob("[!.]*/results.json"))
+        run = (folder.parent if one_stage else folder).resolve()
+        paths = []
+        for path in sorted(run.glob("[!.]*/results.json")):
+            if path.with_name("args.json").exists():
+                paths.append(path)
+            else:
+                common.warn(f"{path} is not of this project, as no args.json is there; left out")
         if not paths:
             common.warn(f"{folder}: no finished stage there")
         for path in paths:
@@ -171,15 +178,28 @@ def read_runs(folders):
                 advice = "is it of a finished run of this project? Run its stage again"
                 with common.reading(path, advice):
                     found[path] = check(make_record(path))
-            if path.parent == folder or not one_stage:
+            if path.parent.name == folder.name or not one_stage:
                 shown[path] = found[path]
     if not shown:
         raise BadInput(f"{folders[0]}: no finished run there (no RUN/NAME/results.json)")
     warn_of_other_starts(found)
+    name_by_labels(found.values())
     shorten(found.values(), "source", 2)
     shorten(found.values(), "run", 1)
     warn_of_two_controls(found.values())
     return list(found.values()), list(shown.values())
+
+
+def name_by_labels(records):
+    """Data that moved keep one name: sources with the same labels are called by the first."""
+    first = {}
+    names = {}
+    for record in records:
+        if record.get("labels"):
+            name = first.setdefault(record["labels"], record["source"])
+            names.setdefault(record["source"], name)
+    for record in records:  # also of the stages that do not know their labels
+        record["source"] = names.get(record["source"], record["source"])
 
 
 def shorten(records, key, length):
@@ -200,6 +220,7 @@ def make_record(path):
         "name": path.parent.name,
         "stage": result["stage"],
         "source": str(Path(result["source"]).resolve()),
+        "labels": about.get("inputs", {}).get("labels"),  # of training stages
         "arch": result["arch"],
         "unit": result.get("unit") or about["args"].get("unit", ""),
         "commit": (about.get("commit") or "")[:7],
@@ -337,9 +358,10 @@ def structured_cells(result):
 
 
 def gradcam_cells(result):
+    networks = (*result["networks"], "random head", "gaussian")  # the other rows are differences
     for row in result["focus"]:
         for measure in ("mass", "pointing"):
-            if " - " in row["model"] and row[measure] is not None:
+            if row["model"] not in networks and row[measure] is not None:
                 yield f"{measure}, {row['model']}", common.short(row), [100 * row[measure]]
 
 
@@ -364,8 +386,8 @@ def check(record):
 
 def identity(record):
     """Where a record stands in numbers.jsonl; of those at one place the later stays."""
-    keys = ("source", "arch", "run", "stage", "name", "seed", "settings")
-    return json.dumps([record[key] for key in keys], sort_keys=True)
+    keys = ("source", "labels", "arch", "run", "stage", "name", "seed", "settings")
+    return json.dumps([record.get(key) for key in keys], sort_keys=True)
 
 
 def read_store(path):
@@ -397,9 +419,13 @@ def warn_of_differences(records):
             settings["attributes"] = None  # the default, which older versions wrote for any data
         if "start" in run:
             settings["start"] = run["start"][0]
-        if "erm" in run and run["stage"] != "erm":
+        if run.get("labels"):
+            settings["labels"] = run["labels"]
+        if "erm" in run:
             for key, value in run["erm"]["settings"].items():
-                settings[f"{key} of ERM"] = value
+                # Of stage 1 they are the same, but that weights are known by their content
+                if run["stage"] != "erm" or key == "weights":
+                    settings[f"{key} of ERM"] = value
         named.setdefault((data_of(run), run["unit"], run["name"]), []).append(settings)
     for (*_, name), of_name in named.items():
         keys = {}
@@ -447,7 +473,8 @@ def contents(run):
     own = [run["stage"], run["name"], run["seed"], run["settings"]]
     start = run.get("start", [None])
     networks = run.get("networks", {})  # of Grad-CAM
-    keys = [[*own, data_of(run), start[0], sorted(networks), erm["seed"], erm["settings"]]]
+    data = [data_of(run), run.get("labels")]
+    keys = [[*own, data, start[0], sorted(networks), erm["seed"], erm["settings"]]]
     if run["stage"] == "erm":
         keys.append([erm["id"]])
     else:
@@ -748,7 +775,7 @@ def with_tables(page, records):
     """The text of the page, the tables between its markers made anew. Raises BadInput."""
     advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
     with common.reading(page, advice):
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         new, n = re.subn(
             "<!-- numbers: (.*?) -->.*?<!-- end -->",
             lambda marker: marked_tables(marker[1], records),

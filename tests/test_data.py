@@ -410,6 +410,25 @@ def test_tables_that_cannot_be_used(tmp_path, words, text):
     assert "\n" not in str(error.value)
 
 
+def test_images_beside_lists_in_a_folder_below(tmp_path):
+    write_celeba(tmp_path / "data", "csv")
+    table = read_table(tmp_path)
+    assert (table.root / table.files[0]).is_file()
+
+
+def test_a_missing_image_does_not_lead_elsewhere(tmp_path, monkeypatch):
+    """To a tree of the same names in the working directory."""
+    for name in ("one", "two"):
+        rows = labelled_rows(pattern="i/{number}.png")
+        write_images(tmp_path / name, rows)
+        write_table(tmp_path / name, [HEADER, *ROWS])
+    (tmp_path / "one" / ROWS[0][0]).unlink()
+    monkeypatch.chdir(tmp_path / "two")
+    assert read_table(tmp_path / "one").root == tmp_path / "one"
+    shutil.rmtree(tmp_path / "one/i")
+    assert read_table(tmp_path / "one").root == tmp_path / "two"
+
+
 def test_a_file_of_ones_own_is_read_by_its_content(tmp_path):
     """Whatever it is called, and whatever lies beside it."""
     waterbirds(tmp_path)

@@ -456,6 +456,9 @@ def test_where_it_starts(run, capsys):
         ("--name ..", "--name '..'"),
         ("--name .", "--name '.'"),
         ("--name a/b", "--name 'a/b'"),
+        ("--name a\x07b", r"--name 'a\x07b'"),
+        ("--name a\udce9", r"--name 'a\udce9'"),  # a byte that is not UTF-8
+        ("--device hpu", "--device hpu: "),
     ],
 )
 def test_refused_settings(run, capsys, more, words):

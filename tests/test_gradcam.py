@@ -243,6 +243,22 @@ def test_masks_go_the_way_of_the_images(tmp_path):
             read_mask(tmp_path / name, image, 224)
 
 
+@pytest.mark.parametrize(
+    "arch,size,layer,words",
+    [
+        ("test_convnext", 64, "stages.1.blocks.0.norm", "8 x 32 is no map of a square image"),
+        ("test_vit", 160, "patch_embed", "10 x 64 is no map of a square image"),
+        ("hiera_tiny_224", 224, "blocks.2", "its tokens do not lie in rows"),
+    ],
+)
+def test_layers_whose_places_are_not_known_are_refused(arch, size, layer, words):
+    """Where channels would be taken for places, or places lie in another order."""
+    model = common.build_model(arch, 2, size)
+    gradcam.check_layer(model, gradcam.choose_layer(None, model, arch), size)  # the default is one
+    with pytest.raises(BadInput, match=f"--layer {layer}: {words}"):
+        gradcam.check_layer(model, layer, size)
+
+
 # ---- whole runs ----
 
 
@@ -357,6 +373,10 @@ def test_the_folder_of_masks_that_is_used(run, erm_run, tmp_path, monkeypatch, c
     assert used == []
     assert "nothing measured" in capsys.readouterr().out
 
+    masks_of(data / "masks", [f"other/{file}" for file in table.files], right=True)
+    assert draw(run, f"--data {data}")["focus"] == []
+    assert "masks holds no mask of a test image; nothing is measured" in capsys.readouterr().err
+
     masks_of(data / "masks", table.files, right=False)
     results = draw(run, f"--data {data}")
     assert {path.is_relative_to(data / "masks") for path in used} == {True}
@@ -385,7 +405,7 @@ def test_numbers_do_not_wait_for_the_figure(run, monkeypatch):
     "more,words",
     [
         ("--target 2", "expected label, each .*; 0, class 0 .y=0."),
-        ("--masks nowhere", "of 20 images none has a mask"),
+        ("--masks nowhere", "nowhere: holds no mask, DIR/NAME.png, of a test image"),
         ("--after nowhere", "no such file"),
         ("--layer layer9", "layer9: cannot be used"),
         ("--layer global_pool", "which is no map"),

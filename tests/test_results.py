@@ -199,6 +199,50 @@ def test_settings_of_the_erm_run_are_compared(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("features, size of ERM\n")
 
 
+def test_data_are_known_by_their_labels(tmp_path, capsys):
+    """One name for those that moved; those that changed in their place are said."""
+    for number, (source, labels) in enumerate(
+        [("/x/a/metadata.csv", "l1"), ("/y/b/metadata.csv", "l1"), ("/x/a/metadata.csv", "l2")]
+    ):
+        folder = tmp_path / f"r{number}"
+        put(folder / "finetune", result={"source": source}, seed=number)
+        about = json.loads((folder / "finetune/args.json").read_text())
+        about["inputs"]["labels"] = labels
+        (folder / "finetune/args.json").write_text(json.dumps(about))
+    runs = [tmp_path / f"r{number}" for number in range(3)]
+    assert table("wga", *runs[:2])[DATA, "finetune"][0].endswith("(2)")
+    assert "differ" not in capsys.readouterr().err
+    _, shown = compare.read_runs([runs[0], runs[2]])
+    compare.warn_of_differences(shown)
+    assert (
+        "the runs called finetune differ in more than the seed: labels" in capsys.readouterr().err
+    )
+    assert len({compare.identity(run) for run in shown}) == 2
+
+
+def test_rows_of_grad_cam_that_are_differences(capsys):
+    """By the names of the networks, which may hold a dash."""
+    names = ["erm", "lr 1 - big", "lr 1 - big - erm", "gaussian"]
+    rows = []
+    for number, name in enumerate(names):
+        rows.append({"model": name, "group": 1, "minority": True, "mass": number / 10})
+    result = {"networks": {"erm": "a", "lr 1 - big": "b"}, "focus": rows}
+    for row in rows:
+        row["pointing"] = None
+    assert [*compare.gradcam_cells(result)] == [("mass, lr 1 - big - erm", "G1*", [20.0])]
+
+
+def test_folders_that_are_not_ours_and_links(tmp_path, capsys):
+    put(tmp_path / "r/erm", 0.4, result={"stage": "erm"})
+    put(tmp_path / "elsewhere")
+    (tmp_path / "r/finetune").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "r/tool").mkdir()
+    (tmp_path / "r/tool/results.json").write_text("{}")
+    cells = table("differences", tmp_path / "r/finetune")
+    assert cells[DATA, "finetune"][2] == "+10.0 (1)"  # minus ERM's best
+    assert "tool/results.json is not of this project" in capsys.readouterr().err
+
+
 def test_a_fine_tuning_of_another_erm_training_is_said(tmp_path, capsys):
     put_pair(tmp_path / "r0", 0, 0.4)
     put_pair(tmp_path / "r1", 1, 0.4)

@@ -339,9 +339,8 @@ def main(args):
         log.append(row)
         common.print_epoch(row, args.epochs)
 
-        about = ("arch", "n_classes", "classes", "size", "mean", "std")
         checkpoint = {
-            **{key: start[key] for key in about},
+            **start,
             "data": {**start["data"], "source": table.source},
             "args": common.plain(args),
             "erm": erm,

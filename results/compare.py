@@ -8,7 +8,7 @@ A cell is the mean over run folders +- the sample standard deviation (n). Gains 
 folder and carry the 95 % t-interval of their mean. "ERM continued" is the run of --method erm, and
 "random" that of --criterion random, in the same run folder with the same start, epochs, learning
 rate, batch size, augmentation and seed. A copy of a run, and a run of the same settings and seed as
-another, count once.
+another, count once. Data are known by their labels, wherever they lie.
 Tracing: each group under the neurons selected by it; Matrix: every group under every set. Reads
 results.json and args.json of the stages; writes Figure 6.
 """

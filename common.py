@@ -685,8 +685,8 @@ def load_checkpoint(path, advice="train_erm.py and finetune_contrastive.py make 
 
 
 def load_model(path, device="cpu"):
-    """The model of a checkpoint, in eval mode on `device`, and the checkpoint
-    itself. Raises BadInput if it cannot be used, or may still change."""
+    """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself. Raises
+    BadInput if it cannot be used, or may still change."""
     folder = path.parent
     unfinished = (folder / "args.json").exists() and not (folder / "results.json").exists()
     if unfinished and path.name in ("best.pt", "last.pt"):
@@ -1117,8 +1117,7 @@ def modified(weights, neurons, how="zero", sigma=0.0, seed=0, unit="channel"):
     (random-noise), epsilon ~ N(0, sigma^2) drawn on the CPU in the order of `neurons`; after it the
     weights are what they were, bit for bit, whatever happened. For evaluation alone: what is
     computed inside has no gradient afterwards, and in training mode BatchNorm's statistics would
-    move. Raises ValueError for another `how`, or noise without a
-    sigma above 0."""
+    move. Raises ValueError for another `how`, or noise without a sigma above 0."""
     if how not in ("zero", "random-init", "random-noise") or (how != "zero" and not sigma > 0):
         raise ValueError(f"{how} with sigma {sigma}: expected zero, or noise with sigma > 0")
     generator = torch.Generator().manual_seed(seed)
@@ -1226,8 +1225,8 @@ class OnePass:
 
 
 def trace_graph(model, x):
-    """The network as a torch.fx graph; None, with a warning, where it
-    cannot be traced or gives other logits."""
+    """The network as a torch.fx graph; None, with a warning, where it cannot be traced or gives
+    other logits."""
     with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
         traced = torch.fx.GraphModule(model, Tracer().trace(model))
         traced.rests = {}  # {node: the network from there on}

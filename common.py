@@ -1640,17 +1640,17 @@ def changed_settings(folder, args, defaults, inputs):
     return changed
 
 
-def earlier_run(folder, args, defaults, names, test_labels, **inputs):
-    """Where an earlier run left a training stage: (None, None) if it starts now, (last, None) with
-    the content of last.pt if it goes on from there (or lacks no more than a figure or the numbers
-    of other test images), (None, results) with that of results.json if it is finished. It only
-    reads. names: the files of the stage; test_labels: their fingerprint, as results.json holds for
-    these test images alone; defaults, inputs: see changed_settings. Raises BadInput if the folder
-    holds a run of other settings or inputs."""
+def earlier_run(folder, args, defaults, names, show, test_labels, **inputs):
+    """Where an earlier run left a training stage: the content of last.pt if it goes on from there
+    (or lacks no more than a figure or the numbers of other test images), else None; and whether it
+    is finished, which show(results) shows. It only reads. names: the files of the stage;
+    test_labels: their fingerprint, as results.json holds for these test images alone; defaults,
+    inputs: see changed_settings. Raises BadInput if the folder holds a run of other settings or
+    inputs, or is damaged."""
     check_own(folder, names)
     ended = (folder / "results.json").exists()
     if not ended and not (folder / "last.pt").exists():
-        return None, None
+        return None, False
     changed = changed_settings(folder, args, defaults, inputs)
     finished = False
     if ended:
@@ -1662,7 +1662,7 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
                 and all((folder / name).exists() for name in names if name.endswith(".png"))
             )
     if args.overwrite and (changed or finished):
-        return None, None  # while an unfinished run of these settings goes on
+        return None, False  # while an unfinished run of these settings goes on
     if changed:
         raise BadInput(
             f"{folder} is of a run with other settings ({'; '.join(changed[:4])}); use another "
@@ -1670,8 +1670,10 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
         )
     if finished:
         print(f"{folder} is finished; --overwrite starts anew")
-        return None, results
-    return load_checkpoint(folder / "last.pt", START_ANEW), None
+        with reading(folder / "results.json", START_ANEW):
+            show(results)
+        return None, True
+    return load_checkpoint(folder / "last.pt", START_ANEW), False
 
 
 def restore(folder, last, model, optimizer, scheduler):

@@ -267,10 +267,10 @@ def main(args):
         "start": common.fingerprint_of(model),
     }
     test_labels = table.fingerprint("test")
-    last, finished = common.earlier_run(folder, args, parse_args([]), FILES, test_labels, **inputs)
+    last, finished = common.earlier_run(
+        folder, args, parse_args([]), FILES, print_table, test_labels, **inputs
+    )
     if finished:
-        with common.reading(folder / "results.json", common.START_ANEW):
-            print_table(finished)
         return
 
     # Optimizer, and where an interrupted run left it

@@ -133,10 +133,10 @@ def main(args):
         "weights": fingerprint_of_weights(args.weights),
     }
     test_labels = table.fingerprint("test")
-    last, finished = common.earlier_run(folder, args, parse_args([]), FILES, test_labels, **inputs)
+    last, finished = common.earlier_run(
+        folder, args, parse_args([]), FILES, print_table, test_labels, **inputs
+    )
     if finished:
-        with common.reading(folder / "results.json", common.START_ANEW):
-            print_table(finished)
         return
 
     # Model, optimizer, and where an interrupted run left them

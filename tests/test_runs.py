@@ -334,8 +334,10 @@ def test_a_kill_while_an_older_run_is_deleted(train, tmp_path):
         defaults = train_erm.parse_args([])
         for more in ("", "--epochs 2 --seed 8"):  # other settings, and those of the older run
             args = train_erm.parse_args([*f"{SMALL} {more}".split(), "--overwrite"])
-            found = common.earlier_run(folder, args, defaults, train_erm.FILES, "x", labels="x")
-            assert found == (None, None), (n, more)  # it starts
+            found = common.earlier_run(
+                folder, args, defaults, train_erm.FILES, None, "x", labels="x"
+            )
+            assert found == (None, False), (n, more)  # it starts
     assert n > len(train_erm.FILES)
     assert {path.name for path in folder.iterdir()} == {"args.json", ".lock"}
 

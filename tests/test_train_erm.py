@@ -372,8 +372,7 @@ def test_the_built_in_set_is_drawn_when_it_is_not_there(tmp_path, monkeypatch, c
 
 def test_defaults_are_those_of_the_paper(erm_run, tmp_path, monkeypatch):
     """Section 4.1 and Table 2."""
-    monkeypatch.setattr(common, "earlier_run", lambda *args, **kwargs: (None, {"shown": True}))
-    monkeypatch.setattr(train_erm, "print_table", lambda results: None)
+    monkeypatch.setattr(common, "earlier_run", lambda *args, **kwargs: (None, True))
     args = train_erm.parse_args(["--data", str(erm_run / "data"), "--run", str(tmp_path)])
     train_erm.main(args)
     assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet50", 224, 100, 256)

@@ -25,11 +25,22 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
+import finetune_contrastive
+import gradcam
+import structured_trace
+import trace_neurons
+import train_erm
 from common import BadInput
 
 HERE = Path(__file__).resolve().parent
 FIGURE = Path("runs/fig06_compare.png")
-STAGES = ("erm", "trace", "structured", "finetune", "gradcam")
+STAGES = {
+    "erm": train_erm,
+    "trace": trace_neurons,
+    "structured": structured_trace,
+    "finetune": finetune_contrastive,
+    "gradcam": gradcam,
+}
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
@@ -412,8 +423,15 @@ def warn_of_differences(records):
     """Runs of one name are averaged, so they should differ in the seed alone; so should the ERM
     runs from which they started."""
     named = {}
+    defaults = {}  # what runs do whose version did not know a setting
+    for stage, script in STAGES.items():
+        defaults[stage] = {**GONE, **compared(common.plain(script.parse_args([])))}
     for run in records:
-        settings = {**GONE, **run["settings"]}
+        settings = {}
+        for key, value in defaults[run["stage"]].items():
+            if value is not None:  # else it depends on the data
+                settings[key] = value
+        settings.update(run["settings"])
         settings.pop("unit", None)  # runs of different units are not averaged
         if settings.get("attributes") == list(common.CELEBA):
             settings["attributes"] = None  # the default, which older versions wrote for any data
@@ -433,7 +451,7 @@ def warn_of_differences(records):
             keys.update(dict.fromkeys(settings))  # a set that keeps its order
         differ = []
         for key in keys:
-            # What a run does not say, as its version did not, is not compared
+            # What nobody knows of a run is not compared
             values = {json.dumps(settings[key]) for settings in of_name if key in settings}
             if len(values) > 1:
                 differ.append(key)

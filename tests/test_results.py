@@ -220,6 +220,16 @@ def test_data_are_known_by_their_labels(tmp_path, capsys):
     assert len({compare.identity(run) for run in shown}) == 2
 
 
+def test_a_setting_that_an_older_run_did_not_know_is_its_default(tmp_path, capsys):
+    put(tmp_path / "r0/finetune")  # says nothing of views and precision
+    put(tmp_path / "r1/finetune", views="two", precision="fp32", seed=1)
+    put(tmp_path / "r2/finetune", views="one", seed=2)
+    compare.warn_of_differences(compare.read_runs([tmp_path / "r0", tmp_path / "r1"])[1])
+    assert capsys.readouterr().err == ""
+    compare.warn_of_differences(compare.read_runs([tmp_path / "r0", tmp_path / "r2"])[1])
+    assert "finetune differ in more than the seed: views\n" in capsys.readouterr().err
+
+
 def test_rows_of_grad_cam_that_are_differences(capsys):
     """By the names of the networks, which may hold a dash."""
     names = ["erm", "lr 1 - big", "lr 1 - big - erm", "gaussian"]

@@ -201,8 +201,12 @@ def read_columns(path, *wanted):
     """Columns of a csv, or of one of CelebA's txt lists: their titles in the header, and for each
     its cells, a list of str. wanted: their names in upper or lower case, or 'name|other' where it
     may be either. Raises BadInput."""
-    advice = "expected UTF-8 text, a header and rows; is it cut off, or a quote left open?"
-    with reading(path, advice), open(path, encoding="utf-8-sig") as file:
+    with (
+        reading(
+            path, "expected UTF-8 text, a header and rows; is it cut off, or a quote left open?"
+        ),
+        open(path, encoding="utf-8-sig") as file,
+    ):
         lines = file.readlines()
         if not "".join(lines).strip():
             raise BadInput(f"{path}: it is empty")
@@ -211,8 +215,12 @@ def read_columns(path, *wanted):
         elif path.name == "list_attr_celeba.txt":  # begins with the number of rows
             rows = map(str.split, [f"image_id {lines[1]}", *lines[2:]])
         else:
-            separator = max(",;\t", key=lines[0].count)
-            rows = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+            rows = csv.reader(
+                lines,
+                delimiter=max(",;\t", key=lines[0].count),
+                skipinitialspace=True,
+                strict=True,
+            )
         header = [title.strip() for title in next(rows)]
         places = [find_column(path, header, name) for name in wanted]
         titles = [header[place] for place in places]
@@ -369,8 +377,10 @@ def describe_groups(classes, attributes, train_counts):
 
 def read_image(path):
     """An image file as RGB. Raises BadInput for what is no image of 8 bits."""
-    advice = "replace it, or take its row out of the metadata"
-    with reading(path, advice), Image.open(path) as image:
+    with (
+        reading(path, "replace it, or take its row out of the metadata"),
+        Image.open(path) as image,
+    ):
         # PIL cuts grey values off at 255, and of colours it takes the upper 8 bits
         if image.mode[0] in "IF" or re.search(";16[BLN]", str(image.tile)):
             raise BadInput(f"{path}: has more than 8 bits a pixel and colour; convert it to 8")
@@ -428,8 +438,11 @@ class Images(Dataset):
         self.seed = seed
         # In evaluation the pixels are always the same. They are kept where three such splits would
         # not fill half of the memory. A worker keeps those of its own batches.
-        fits = len(rows) * 3 * size**2 < min(4e9, memory_limit() / 8)
-        self.keeps = augment == "none" and views == 1 and fits
+        self.keeps = (
+            augment == "none"
+            and views == 1
+            and len(rows) * 3 * size**2 < min(4e9, memory_limit() / 8)
+        )
         self.kept = {}
 
     def __len__(self):
@@ -748,8 +761,12 @@ def training_batches(checkpoint, table, args, views=1):
     images = open_split(
         checkpoint, table, "train", augment=args.augment, views=views, seed=args.seed
     )
-    order = EpochOrder(len(images), args.batch_size, args.seed)
-    train = Batches(images, args.device, workers=args.workers, order=order)
+    train = Batches(
+        images,
+        args.device,
+        workers=args.workers,
+        order=EpochOrder(len(images), args.batch_size, args.seed),
+    )
     loaders = {}
     for split in SPLITS:
         images = open_split(checkpoint, table, split)
@@ -907,8 +924,14 @@ def plot_epochs(log):
     axes = fig.subplots(1, len(panels), sharex=True)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for i, (name, values) in enumerate(lines.items()):
-            style = {"color": str(0.5 * (i % 2)), "ls": ("-", "--", "-.", ":")[i % 4]}
-            ax.plot(epochs, np.array(values, dtype=float), marker=".", label=name, **style)
+            ax.plot(
+                epochs,
+                np.array(values, dtype=float),
+                marker=".",
+                label=name,
+                color=str(0.5 * (i % 2)),
+                ls=("-", "--", "-.", ":")[i % 4],
+            )
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.axvline(selected(log)["epoch"], color="0.8", ls=":", zorder=0)
         lowest = min(0, ax.get_ylim()[0])  # a term of the loss may be negative
@@ -923,10 +946,21 @@ def plot_layers(ax, values, rows, layers, most, texts):
     in some cells, {(i, j): text}. Returns what a colour bar needs."""
     image = ax.imshow(values, cmap="Greys", vmin=0, vmax=most, aspect="auto")
     for (i, j), text in texts.items():
-        colour = "white" if values[i, j] > most / 2 else "black"
-        ax.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    ticks = [layer.removesuffix(".weight") for layer in layers]
-    ax.set_xticks(range(len(layers)), ticks, rotation=90, fontsize=6)
+        ax.text(
+            j,
+            i,
+            text,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if values[i, j] > most / 2 else "black",
+        )
+    ax.set_xticks(
+        range(len(layers)),
+        [layer.removesuffix(".weight") for layer in layers],
+        rotation=90,
+        fontsize=6,
+    )
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     return image
 
@@ -988,8 +1022,11 @@ def prunable_weights(model):
         heads.update(model.get_submodule(name).parameters())
     for name, weight in model.named_parameters():  # what layers share has one name
         layer, _, part = name.rpartition(".")
-        holds = isinstance(model.get_submodule(layer), LAYERS) and part.endswith("weight")
-        if holds and weight not in heads:
+        if (
+            isinstance(model.get_submodule(layer), LAYERS)
+            and part.endswith("weight")
+            and weight not in heads
+        ):
             kind = convolutions if weight.dim() > 2 else linear
             kind[name] = weight
     weights = max(convolutions, linear, key=lambda kind: sum(w.numel() for w in kind.values()))
@@ -1458,9 +1495,12 @@ def machine(args):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses
     try:
         device = torch.empty(0, device=args.device).device.type
-        half = args.precision == "bf16"
-        # Without a cache of weights, as they change inside
-        autocast = torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False)
+        autocast = torch.autocast(
+            device,
+            torch.bfloat16,
+            enabled=args.precision == "bf16",
+            cache_enabled=False,  # as weights change inside
+        )
     except (RuntimeError, AssertionError, ImportError) as error:  # as torch was built without it
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device}: {reason}; use cpu or what is there") from error
@@ -1603,8 +1643,12 @@ def run_record(stage, args, **inputs):
     versions and, in a git checkout, its commit."""
     commit = None
     with contextlib.suppress(OSError):  # no git
-        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         commit = done.stdout.strip() or None
     return {
         "stage": stage,

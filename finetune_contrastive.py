@@ -194,8 +194,14 @@ def critical_neurons(model, weights, images, logits, args, epoch):
         if args.order == "smallest":
             scores = {name: -values for name, values in scores.items()}
         for name, index in common.top_neurons(scores, k):
-            row = {"criterion": criterion, "parameter": name, "index": index}
-            rows.append({**row, "score": abs(float(scores[name][index]))})
+            rows.append(
+                {
+                    "criterion": criterion,
+                    "parameter": name,
+                    "index": index,
+                    "score": abs(float(scores[name][index])),
+                }
+            )
     return rows
 
 
@@ -347,8 +353,15 @@ def main(args):
             "epoch": epoch,
             "model": model.state_dict(),
         }
-        files = {"masked.csv": masked}
-        common.save_epoch(folder, checkpoint, log, optimizer, scheduler, files, masked=masked)
+        common.save_epoch(
+            folder,
+            checkpoint,
+            log,
+            optimizer,
+            scheduler,
+            {"masked.csv": masked},
+            masked=masked,
+        )
 
     # The selected epoch and, to compare, the start as it was when it was read
     selected = common.measure_selected(folder, model, test, table, log)

@@ -176,8 +176,10 @@ def main(args):
         print("nothing measured: no object masks (--masks DIR)")
 
     pictures = [test[i][0] for i in index]
-    figure = plot_images(pictures, shown, images, shapes, classes, heading)
-    common.write(folder, {"fig10_gradcam.png": figure})
+    common.write(
+        folder,
+        {"fig10_gradcam.png": plot_images(pictures, shown, images, shapes, classes, heading)},
+    )
     print(f"wrote {folder}/")
 
 
@@ -223,8 +225,11 @@ def activations(model, x, layer=None, target=None, channels_last=None):
         (gradient,) = torch.autograd.grad(logit, kept)
     if channels_last is None:
         channels_last = gives_channels_last(model, layer)
-    activation = as_grid(model, kept[0].detach().float(), channels_last)
-    return activation, as_grid(model, gradient.float(), channels_last), logits.detach().float()
+    return (
+        as_grid(model, kept[0].detach().float(), channels_last),
+        as_grid(model, gradient.float(), channels_last),
+        logits.detach().float(),
+    )
 
 
 def gives_channels_last(model, layer):

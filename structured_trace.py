@@ -69,8 +69,9 @@ def main(args):
                 )
     rng = np.random.default_rng(args.seed)
     for i in range(args.controls):
-        drawn = {layer: torch.from_numpy(rng.random(n)) for layer, n in counts.items()}
-        scores["random", f"set {i}"] = drawn
+        scores["random", f"set {i}"] = {
+            layer: torch.from_numpy(rng.random(n)) for layer, n in counts.items()
+        }
 
     # The top neurons of each layer are zeroed, those of a group on its own images alone
     planned = []
@@ -165,9 +166,14 @@ def plot_heat(heat, layers, groups, k):
     axes = fig.subplots(len(heat), 1, sharex=True)
     most = max(1e-9, np.abs([*heat.values()]).max())
     for ax, (criterion, values) in zip(axes, heat.items(), strict=True):
-        rises = dict.fromkeys(zip(*np.nonzero(values > 0), strict=True), "+")
-        names = [common.long(group) for group in groups]
-        image = common.plot_layers(ax, np.abs(values), names, layers, most, rises)
+        image = common.plot_layers(
+            ax,
+            np.abs(values),
+            [common.long(group) for group in groups],
+            layers,
+            most,
+            texts=dict.fromkeys(zip(*np.nonzero(values > 0), strict=True), "+"),
+        )
         if criterion == "random":
             ax.set_title(f"control: {k} random neurons of the layer, mean", fontsize=10)
         else:

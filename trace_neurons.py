@@ -256,8 +256,9 @@ def random_sets(args, ranked, k, counts, minority):
             for layer, n in Counter(layer for layer, _ in neurons[:k]).items():
                 drawn += [(layer, int(i)) for i in rng.choice(counts[layer], n, replace=False)]
             groups = [j for j in minority if by in ("all", j)]
-            kind = f"layers of {criterion} {by}"
-            planned.append(planned_row("random", kind, groups, drawn, repeat=repeat))
+            planned.append(
+                planned_row("random", f"layers of {criterion} {by}", groups, drawn, repeat=repeat)
+            )
     return planned
 
 
@@ -271,8 +272,9 @@ def pick(rows, **wanted):
 
 def own(rows, group, **wanted):
     """The rows of a group under its own set: the one selected by it, or the one for all groups."""
-    found = pick(rows, group=group, **wanted)
-    return [row for row in found if row["selected_by"] in ("all", group)]
+    return [
+        row for row in pick(rows, group=group, **wanted) if row["selected_by"] in ("all", group)
+    ]
 
 
 def random_changes(rows, kind, group):
@@ -449,8 +451,9 @@ def plot_changes(rows, groups, args, how, sigmas):
     slots = len(ks) + (how == "zero")  # one more slot for random neurons
     fig = Figure(figsize=(4.6 * len(common.CRITERIA), 3.2 * len(sigmas)), layout="constrained")
     axes = fig.subplots(len(sigmas), len(common.CRITERIA), sharey=True, squeeze=False)
-    panels = itertools.product(sigmas, common.CRITERIA)
-    for ax, (sigma, criterion) in zip(axes.flat, panels, strict=True):
+    for ax, (sigma, criterion) in zip(
+        axes.flat, itertools.product(sigmas, common.CRITERIA), strict=True
+    ):
         wanted = {"criterion": criterion, "modification": how, "sigma": sigma, "split": "train"}
         for n, k in enumerate(ks):
             changes = []  # of each group: one, or one a draw of noise
@@ -470,14 +473,21 @@ def plot_changes(rows, groups, args, how, sigmas):
         if how == "zero":
             plot_random(ax, rows, groups, ks[-1])
         ax.axhline(0, color="black", lw=0.6)
-        names = [common.long(g).replace(" ", "\n", 2) for g in groups]
-        ax.set_xticks(range(len(groups)), names, fontsize=7)
+        ax.set_xticks(
+            range(len(groups)),
+            [common.long(g).replace(" ", "\n", 2) for g in groups],
+            fontsize=7,
+        )
         ax.set_title(f"{criterion}, sigma = {sigma}" if sigma else criterion, fontsize=10)
         ax.grid(axis="y", color="0.9")
         ax.set_axisbelow(True)
     fig.supylabel("change in training accuracy (points)", fontsize=10)
-    handles = axes.flat[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
+    fig.legend(
+        *axes.flat[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+    )
     what = {
         "zero": "Zeroing the top neurons (* minority)",
         "random-init": "Random initialisation of the top neurons",
@@ -531,8 +541,14 @@ def plot_layers(neurons, groups, layers, shown):
     counts = np.array([[of_set.count(layer) for layer in layers] for of_set in sets.values()])
     fig = Figure(figsize=(4.5 + 0.2 * len(layers), 2 + 0.32 * len(sets)), layout="constrained")
     ax = fig.subplots()
-    texts = {place: counts[place] for place in zip(*counts.nonzero(), strict=True)}
-    image = common.plot_layers(ax, counts, sets, layers, counts.max(), texts)
+    image = common.plot_layers(
+        ax,
+        counts,
+        sets,
+        layers,
+        most=counts.max(),
+        texts={place: counts[place] for place in zip(*counts.nonzero(), strict=True)},
+    )
     ax.set(
         title=f"Where the {shown} lie (* minority)",
         xlabel="layer, from input to output",

@@ -141,18 +141,21 @@ def main(args):
 
     # Model, optimizer, and where an interrupted run left them
     torch.manual_seed(args.seed)
-    weights = "none" if last else args.weights
-    model = common.build_model(args.arch, len(table.classes), args.size, weights)
+    model = common.build_model(
+        args.arch, len(table.classes), args.size, "none" if last else args.weights
+    )
     model.to(args.device, memory_format=torch.channels_last)  # a quarter less time a step
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
     log = []
-    settings = {
-        **common.settings(args),
-        "weights": inputs["weights"],
-        "attributes": args.attributes,
+    erm = {
+        "id": None,
+        "settings": {
+            **common.settings(args),
+            "weights": inputs["weights"],
+            "attributes": args.attributes,
+        },
     }
-    erm = {"id": None, "settings": settings}
     if last:
         log = common.restore(folder, last, model, optimizer, scheduler)
         erm["id"] = common.erm_of(last)["id"]
@@ -279,8 +282,11 @@ def plot_gap(results):
         )
         labels = [common.percent(report, i) for i in range(len(train))]
         ax.bar_label(bars, labels, fontsize=8)
-    ticks = [f"{common.short(group)}\n{group['name']}\nn = {group['n']}" for group in train]
-    ax.set_xticks(range(len(train)), ticks, fontsize=7)
+    ax.set_xticks(
+        range(len(train)),
+        [f"{common.short(group)}\n{group['name']}\nn = {group['n']}" for group in train],
+        fontsize=7,
+    )
     ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20))
     ax.legend(loc="upper center", ncols=2, fontsize=8)
     ax.set_title(f"Group accuracy, ERM, epoch {results['selected_epoch']} (* minority)")

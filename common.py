@@ -1631,8 +1631,7 @@ def hold(folder):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise BadInput(
-                f"{folder} is in use by another process; wait for it, or choose another --run or "
-                "--name"
+                f"{folder} is in use by another process; wait for it, or use another folder"
             ) from error
         except OSError as error:
             warn(f"{folder} cannot be locked ({error.strerror}); keep other processes away from it")

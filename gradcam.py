@@ -326,14 +326,15 @@ def read_mask(path, image_path, size):
 def find_masks(folder, table, images):
     """The folder of masks: the one that was given, or the folder `masks` beside the metadata if it
     holds masks of these images; else None. Raises BadInput if what was given holds none."""
-    beside = Path(table.source).parent / "masks"
-    if folder is None and not (Path(table.source).is_file() and beside.is_dir()):
+    source = Path(table.source)
+    found = folder or source.parent / "masks"
+    if folder is None and not (source.is_file() and found.is_dir()):
         return None
-    if any(find_mask(folder or beside, file) for file in images.files):
-        return folder or beside
+    if any(find_mask(found, file) for file in images.files):
+        return found
     if folder:
         raise BadInput(f"--masks {folder}: holds no mask, DIR/NAME.png, of a test image")
-    common.warn(f"{beside} holds no mask of a test image; nothing is measured")
+    common.warn(f"{found} holds no mask of a test image; nothing is measured")
     return None
 
 
@@ -421,7 +422,7 @@ def load_networks(args):
     the folder of its checkpoint or, where folders do not tell them apart, by its path."""
     model, checkpoint, table = common.reopen(args.before, args.data, args.device)
     paths = [args.before, *args.after]
-    names = [os.path.basename(os.path.dirname(os.path.realpath(path))) for path in paths]
+    names = [Path(os.path.realpath(path)).parent.name for path in paths]
     if len({*names, "random head", "gaussian"}) < len(names) + 2:  # as the controls are called
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):

@@ -14,6 +14,7 @@ results.json and args.json of the stages; writes Figure 6.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -419,19 +420,20 @@ def read_store(path):
 # ---- what runs that are averaged should be: alike, independent, of the network beside them ----
 
 
+@functools.cache
+def default_settings(stage):
+    """What a run of a stage does whose version did not know a setting; without those whose default
+    depends on the data."""
+    settings = compared(common.plain(STAGES[stage].parse_args([])))
+    return {**GONE, **{key: value for key, value in settings.items() if value is not None}}
+
+
 def warn_of_differences(records):
     """Runs of one name are averaged, so they should differ in the seed alone; so should the ERM
     runs from which they started."""
     named = {}
-    defaults = {}  # what runs do whose version did not know a setting
-    for stage, script in STAGES.items():
-        defaults[stage] = {**GONE, **compared(common.plain(script.parse_args([])))}
     for run in records:
-        settings = {}
-        for key, value in defaults[run["stage"]].items():
-            if value is not None:  # else it depends on the data
-                settings[key] = value
-        settings.update(run["settings"])
+        settings = {**default_settings(run["stage"]), **run["settings"]}
         settings.pop("unit", None)  # runs of different units are not averaged
         if settings.get("attributes") == list(common.CELEBA):
             settings["attributes"] = None  # the default, which older versions wrote for any data

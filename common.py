@@ -40,7 +40,6 @@ import torch
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
-from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -1266,7 +1265,6 @@ def trace_graph(model, x):
     other logits."""
     with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
         traced = torch.fx.GraphModule(model, Tracer().trace(model))
-        traced.rests = {}  # {node: the network from there on}
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced
     warn("torch.fx cannot trace this network; every variant takes a full pass")
@@ -1286,9 +1284,11 @@ class Fork(torch.fx.Interpreter):
 
     def __init__(self, traced, variants, weights, unit):
         super().__init__(traced)
+        self.rest = torch.fx.Interpreter(traced)
         self.weights = weights
         self.unit = unit
         self.logits = {}
+        self.done = {}  # nodes that need not be run again, without their values
         self.waiting = dict(enumerate(variants))
         self.changed = {}  # by weight and not by name, so that tied weights are right
         for number, variant in self.waiting.items():
@@ -1303,22 +1303,13 @@ class Fork(torch.fx.Interpreter):
         used = {id(weight) for weight in used}
         for number in [n for n in self.waiting if self.changed[n] & used]:
             variant = self.waiting.pop(number)
-            rest, inputs, outputs = self.rest_from(node)
-            if not outputs:
-                continue  # no logit needs this layer
             # Copied together, as layers may overwrite values and what shares their memory
-            values = copy.deepcopy([self.env[earlier] for earlier in inputs])
+            values = copy.deepcopy([*self.env.values()])
+            known = {**self.done, **dict(zip(self.env, values, strict=True))}
             with modified(self.weights, unit=self.unit, **variant):
-                self.logits[number] = rest(*values)
+                self.logits[number] = self.rest.run(initial_env=known)
+        self.done[node] = None
         return super().run_node(node)
-
-    def rest_from(self, node):
-        """The network from a node on as a module of its own, which is faster than node by node."""
-        if node not in self.module.rests:
-            nodes = list(self.module.graph.nodes)
-            nodes = nodes[nodes.index(node) : -1]  # the last one stands for the output
-            self.module.rests[node] = fuse_as_graphmodule(self.module, nodes, "Rest")
-        return self.module.rests[node]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -919,24 +919,17 @@ def plot_epochs(log):
         name: [row.get("terms", {}).get(name) for row in log] for name in log[-1]["terms"]
     }
     epochs = [row["epoch"] for row in log]
-    fig = Figure(figsize=(2.7 * len(panels), 2.8), layout="constrained")
+    fig = Figure(figsize=(2.7 * len(panels), 2.8))
     axes = fig.subplots(1, len(panels), sharex=True)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
-        for i, (name, values) in enumerate(lines.items()):
-            ax.plot(
-                epochs,
-                np.array(values, dtype=float),
-                marker=".",
-                label=name,
-                color=str(0.5 * (i % 2)),
-                ls=("-", "--", "-.", ":")[i % 4],
-            )
+        for name, values in lines.items():
+            ax.plot(epochs, np.array(values, dtype=float), marker=".", label=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.axvline(selected(log)["epoch"], color="0.8", ls=":", zorder=0)
         lowest = min(0, ax.get_ylim()[0])  # a term of the loss may be negative
         highest = None if title == "training loss" else 1.05
         ax.set(title=title, xlabel="epoch", ylim=(lowest, highest))
-        ax.legend(fontsize=8)
+        ax.legend()
     return fig
 
 
@@ -951,16 +944,11 @@ def plot_layers(ax, values, rows, layers, most, texts):
             text,
             ha="center",
             va="center",
-            fontsize=7,
             color="white" if values[i, j] > most / 2 else "black",
         )
-    ax.set_xticks(
-        range(len(layers)),
-        [layer.removesuffix(".weight") for layer in layers],
-        rotation=90,
-        fontsize=6,
-    )
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    names = [layer.removesuffix(".weight") for layer in layers]
+    ax.set_xticks(range(len(layers)), names, rotation=90)
+    ax.set_yticks(range(len(rows)), rows)
     return image
 
 
@@ -1772,6 +1760,21 @@ def begin(folder, args, names, last, **inputs):
     write(folder, {"args.json": run_record(folder.name, args, **inputs)})
 
 
+STYLE = {  # of all figures: small type, readable in grey
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(
+        color=["0.35", "0.65", "0.9", "0.5"], linestyle=["-", "--", "-.", ":"]
+    ),
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    "grid.color": "0.9",
+    "patch.edgecolor": "black",
+    "patch.force_edgecolor": True,
+    "patch.linewidth": 0.5,
+    "text.parse_math": False,  # a name may hold two $
+}
+
+
 @contextlib.contextmanager
 def script():
     """Around all that a script does. What the user can mend is said in one line, with exit code 2;
@@ -1783,7 +1786,7 @@ def script():
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as we run
         getattr(sys, name).reconfigure(errors="replace")  # of characters that it does not have
     matplotlib.rcdefaults()  # figures do not depend on a user's matplotlibrc
-    matplotlib.rcParams["text.parse_math"] = False  # a name may hold two $
+    matplotlib.rcParams.update(STYLE)
     warnings.simplefilter("ignore")  # what the user should know, we say
     sys.unraisablehook = lambda _: None  # torch's own clean-up fails where workers have died
     main_process = os.getpid()

@@ -514,21 +514,19 @@ def plot_images(pictures, shown, images, shapes, classes, heading):
     network first. A map is scaled by its own maximum and laid over the picture in grey; white: the
     object's outline, where it is known."""
     n_rows = 1 + len(shown)
-    fig = Figure(
-        figsize=(max(4.5, 1 + 1.3 * len(images)), 0.6 + 1.5 * n_rows), layout="constrained"
-    )
+    fig = Figure(figsize=(max(4.5, 1 + 1.3 * len(images)), 0.6 + 1.5 * n_rows))
     axes = fig.subplots(n_rows, len(images), squeeze=False)
     heat = None
     for i, row in enumerate(images):
         picture = pictures[i].permute(1, 2, 0).numpy()
         axes[0][i].imshow(picture)
-        axes[0][i].set_xlabel(textwrap.fill(row["caption"], 16), fontsize=7)
+        axes[0][i].set_xlabel(textwrap.fill(row["caption"], 16))
         for ax, (name, (maps, _)) in zip(axes[1:, i], shown.items(), strict=True):
             says = row["networks"][name]
             ax.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
             answer = f"{classes[says['predicted']]} {100 * says['confidence']:.0f} %"
             if says["predicted"] != row["label"]:
-                answer += " (wrong)"
+                answer += "\n(wrong)"
             if says["empty"]:
                 answer += "\nmap is empty"
             else:
@@ -536,17 +534,17 @@ def plot_images(pictures, shown, images, shapes, classes, heading):
                 heat = ax.imshow(scaled, cmap="magma", vmin=0, vmax=1, alpha=0.6)
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
-            ax.set_xlabel(answer, fontsize=7)
+            ax.set_xlabel(answer)
     for ax, name in zip(axes[:, 0], ["image", *shown], strict=True):
-        ax.set_ylabel(name, fontsize=9)
+        ax.set_ylabel(name)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     if heat:
-        bar = fig.colorbar(heat, ax=axes[1:], fraction=0.02, pad=0.01)
-        bar.set_label("Grad-CAM (1: the map's maximum)", fontsize=7)
-        bar.ax.tick_params(labelsize=7)
+        fig.colorbar(
+            heat, ax=axes[1:], fraction=0.02, pad=0.01, label="Grad-CAM (1: the map's maximum)"
+        )
     outline = "white: outline of the object; " if shapes is not None else ""
-    fig.suptitle(f"{heading}\n{outline}* minority", fontsize=9)
+    fig.suptitle(f"{heading}\n{outline}* minority")
     return fig
 
 

@@ -162,7 +162,7 @@ def print_summary(summary, groups, k):
 def plot_heat(heat, layers, groups, k):
     """Figure 7: a heat map per criterion, layers in network order, one scale: the darker, the
     larger the change; a drop carries no sign, a rise a '+'."""
-    fig = Figure(figsize=(4 + 0.2 * len(layers), 2.4 * len(heat)), layout="constrained")
+    fig = Figure(figsize=(4 + 0.2 * len(layers), 2.4 * len(heat)))
     axes = fig.subplots(len(heat), 1, sharex=True)
     most = max(1e-9, np.abs([*heat.values()]).max())
     for ax, (criterion, values) in zip(axes, heat.items(), strict=True):
@@ -175,9 +175,9 @@ def plot_heat(heat, layers, groups, k):
             texts=dict.fromkeys(zip(*np.nonzero(values > 0), strict=True), "+"),
         )
         if criterion == "random":
-            ax.set_title(f"control: {k} random neurons of the layer, mean", fontsize=10)
+            ax.set_title(f"control: {k} random neurons of the layer, mean")
         else:
-            ax.set_title(f"{k} neurons of largest {criterion}", fontsize=10)
+            ax.set_title(f"{k} neurons of largest {criterion}")
     axes[-1].set_xlabel("layer, from input to output (* minority group)")
     fig.colorbar(
         image,

@@ -449,7 +449,7 @@ def plot_changes(rows, groups, args, how, sigmas):
     shows random neurons for minority groups (mean and 95 % range)."""
     ks = args.top_k[:3]
     slots = len(ks) + (how == "zero")  # one more slot for random neurons
-    fig = Figure(figsize=(4.6 * len(common.CRITERIA), 3.2 * len(sigmas)), layout="constrained")
+    fig = Figure(figsize=(4.6 * len(common.CRITERIA), 3.2 * len(sigmas)))
     axes = fig.subplots(len(sigmas), len(common.CRITERIA), sharey=True, squeeze=False)
     for ax, (sigma, criterion) in zip(
         axes.flat, itertools.product(sigmas, common.CRITERIA), strict=True
@@ -463,9 +463,6 @@ def plot_changes(rows, groups, args, how, sigmas):
                 np.arange(len(groups)) + 0.8 * (n + 0.5) / slots - 0.4,
                 np.mean(changes, axis=1),
                 0.76 / slots,
-                color=str(0.85 - 0.25 * n),
-                edgecolor="black",
-                lw=0.5,
                 label=f"top {k}",
                 yerr=np.std(changes, axis=1, ddof=1) if len(changes[0]) > 1 else None,
                 error_kw={"lw": 0.8, "capsize": 2},
@@ -476,18 +473,12 @@ def plot_changes(rows, groups, args, how, sigmas):
         ax.set_xticks(
             range(len(groups)),
             [common.long(g).replace(" ", "\n", 2) for g in groups],
-            fontsize=7,
         )
-        ax.set_title(f"{criterion}, sigma = {sigma}" if sigma else criterion, fontsize=10)
-        ax.grid(axis="y", color="0.9")
-        ax.set_axisbelow(True)
-    fig.supylabel("change in training accuracy (points)", fontsize=10)
-    fig.legend(
-        *axes.flat[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=4,
-        fontsize=8,
-    )
+        ax.set_title(f"{criterion}, sigma = {sigma}" if sigma else criterion)
+        ax.grid(axis="y")
+    fig.supylabel("change in training accuracy (points)")
+    handles = axes.flat[0].get_legend_handles_labels()
+    fig.legend(*handles, loc="outside lower center", ncols=4)
     what = {
         "zero": "Zeroing the top neurons (* minority)",
         "random-init": "Random initialisation of the top neurons",
@@ -495,7 +486,7 @@ def plot_changes(rows, groups, args, how, sigmas):
     }[how]
     if how != "zero":
         what += f" (* minority; mean and standard deviation, draws: {args.repeats})"
-    fig.suptitle(what, fontsize=11)
+    fig.suptitle(what)
     return fig
 
 
@@ -513,11 +504,11 @@ def plot_random(ax, rows, groups, k):
 def plot_ranks(neurons, shown):
     """Figure 3: where the neurons of one criterion stand in the ranking by each other one."""
     pairs = list(itertools.permutations(common.CRITERIA, 2))
-    fig = Figure(figsize=(9, 3 * len(pairs) / 2), layout="constrained")
+    fig = Figure(figsize=(9, 3 * len(pairs) / 2))
     axes = fig.subplots(len(pairs) // 2, 2, squeeze=False)
     for ax, (criterion, other) in zip(axes.flat, pairs, strict=True):
         values = [row[f"{other}_percentile"] for row in pick(neurons, criterion=criterion)]
-        ax.hist(values, np.arange(0, 101, 5), color="0.6", edgecolor="black", lw=0.5)
+        ax.hist(values, np.arange(0, 101, 5), color="0.6")
         ax.yaxis.get_major_locator().set_params(integer=True)  # they are counts
         of = "of each group" if common.needs_gradient(criterion) else "of the network"
         ax.set(
@@ -526,7 +517,7 @@ def plot_ranks(neurons, shown):
             ylabel="neurons",
             xlim=(0, 100),
         )
-    fig.suptitle(f"Ranking of the {shown} by another criterion", fontsize=11)
+    fig.suptitle(f"Ranking of the {shown} by another criterion")
     return fig
 
 
@@ -539,7 +530,7 @@ def plot_layers(neurons, groups, layers, shown):
         name = row["criterion"] + names[row["selected_by"]]
         sets.setdefault(name, []).append(row["parameter"])
     counts = np.array([[of_set.count(layer) for layer in layers] for of_set in sets.values()])
-    fig = Figure(figsize=(4.5 + 0.2 * len(layers), 2 + 0.32 * len(sets)), layout="constrained")
+    fig = Figure(figsize=(4.5 + 0.2 * len(layers), 2 + 0.32 * len(sets)))
     ax = fig.subplots()
     image = common.plot_layers(
         ax,

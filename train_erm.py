@@ -267,28 +267,24 @@ def print_table(results):
 def plot_gap(results):
     """Figure 1: training and test accuracy of every group at the selected epoch."""
     train = results["splits"]["train"]["groups"]
-    fig = Figure(figsize=(2 + 1.3 * len(train), 3.6), layout="constrained")
+    fig = Figure(figsize=(2 + 1.3 * len(train), 3.6))
     ax = fig.subplots()
-    for split, width, color in (("train", -0.4, "0.75"), ("test", 0.4, "0.35")):
+    for split, width in (("train", -0.4), ("test", 0.4)):
         report = results["splits"][split]
         bars = ax.bar(
             range(len(train)),
             [100 * (group["acc"] or 0) for group in report["groups"]],
             width,
             align="edge",
-            color=color,
-            edgecolor="white",
             label=split,
         )
-        labels = [common.percent(report, i) for i in range(len(train))]
-        ax.bar_label(bars, labels, fontsize=8)
+        ax.bar_label(bars, [common.percent(report, i) for i in range(len(train))])
     ax.set_xticks(
         range(len(train)),
         [f"{common.short(group)}\n{group['name']}\nn = {group['n']}" for group in train],
-        fontsize=7,
     )
     ax.set(ylabel="accuracy (%)", ylim=(0, 122), yticks=range(0, 101, 20))
-    ax.legend(loc="upper center", ncols=2, fontsize=8)
+    ax.legend(loc="upper center", ncols=2)
     ax.set_title(f"Group accuracy, ERM, epoch {results['selected_epoch']} (* minority)")
     return fig
 

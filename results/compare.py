@@ -836,20 +836,19 @@ def plot(records, path):
         print("\nno fine-tuning run, so no Figure 6")
         return
     widths = [0.6 + len(names) for names in panels.values()]
-    fig = Figure(figsize=(max(4, 1.8 + 0.75 * sum(widths)), 4), layout="constrained")
+    fig = Figure(figsize=(max(4, 1.8 + 0.75 * sum(widths)), 4))
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
     for ax, (data, names) in zip(axes, panels.items(), strict=True):
         for i, runs in enumerate(names.values()):
             plot_pair(ax, i, runs)
         ticks = [name.removeprefix("finetune-") for name in names]
-        ax.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=8)
-        ax.set_title(data, fontsize=9)
-        ax.grid(axis="y", color="0.92")
-        ax.set_axisbelow(True)
+        ax.set_xticks(range(len(names)), ticks, rotation=35, ha="right")
+        ax.set_title(data)
+        ax.grid(axis="y")
     axes[0].set_ylabel("test worst-group accuracy (%)")
     handles = axes[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=2, fontsize=8)
-    fig.suptitle("Mean, standard deviation and single runs", fontsize=9)
+    fig.legend(*handles, loc="outside lower center", ncols=2)
+    fig.suptitle("Mean, standard deviation and single runs")
     path.parent.mkdir(parents=True, exist_ok=True)
     common.write(path.parent, {path.name: fig})
     print(f"\nwrote {path}")
@@ -862,7 +861,7 @@ def plot_gains(records):
     for data, name, column, value in differences(records, records, None):
         if column == "minus ERM continued" and name in ARMS:
             gains.setdefault(data, {}).setdefault(name, []).append(value)
-    fig = Figure(figsize=(7.5, 1 + 1.3 * len(gains)), layout="constrained")
+    fig = Figure(figsize=(7.5, 1 + 1.3 * len(gains)))
     axes = fig.subplots(max(len(gains), 1), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (data, of_data) in zip(axes, gains.items(), strict=False):
         names = [name for name in ARMS if name in of_data]
@@ -871,14 +870,13 @@ def plot_gains(records):
             ax.plot(values, [i] * len(values), "o", color="0.6", mfc="none", ms=4)
             ax.plot(np.mean(values), i, "D", color="black", ms=6)
             if len(values) > 1:
-                ax.plot(interval(values), [i, i], color="black", lw=1.5)
+                ax.plot(interval(values), [i, i], "-", color="black", lw=1.5)
         ticks = [f"{ARMS[name]} (n = {len(of_data[name])})" for name in names]
-        ax.set_yticks(range(len(names)), ticks, fontsize=8)
+        ax.set_yticks(range(len(names)), ticks)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.axvline(0, color="black", lw=0.6)
-        ax.grid(axis="x", color="0.9")
-        ax.set_axisbelow(True)
-        ax.set_title(data, fontsize=9, loc="left")
+        ax.grid(axis="x")
+        ax.set_title(data, loc="left")
     axes[-1].set_xlabel(
         "test worst-group accuracy minus that of ERM continued (points)\n"
         "diamond and line: mean and its 95 % interval; circles: seeds"
@@ -901,8 +899,6 @@ def plot_pair(ax, i, runs):
             width=0.4,
             yerr=np.std(values, ddof=1) if len(values) > 1 else None,
             error_kw={"lw": 0.9, "capsize": 3},
-            edgecolor="black",
-            lw=0.5,
             **style,
         )
         ax.plot([style["x"]] * len(values), values, "o", color="black", mfc="white", ms=3.5)

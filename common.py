@@ -700,8 +700,11 @@ def load_model(path, device="cpu"):
     """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself. Raises
     BadInput if it cannot be used, or may still change."""
     folder = path.parent
-    unfinished = (folder / "args.json").exists() and not (folder / "results.json").exists()
-    if unfinished and path.name in ("best.pt", "last.pt"):
+    if (
+        path.name in ("best.pt", "last.pt")
+        and (folder / "args.json").exists()
+        and not (folder / "results.json").exists()
+    ):
         raise BadInput(
             f"{folder} is unfinished, so its {path.name} may still change; run its stage to the "
             "end, or give a copy that lies elsewhere"
@@ -926,9 +929,14 @@ def plot_epochs(log):
             ax.plot(epochs, np.array(values, dtype=float), marker=".", label=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.axvline(selected(log)["epoch"], color="0.8", ls=":", zorder=0)
-        lowest = min(0, ax.get_ylim()[0])  # a term of the loss may be negative
-        highest = None if title == "training loss" else 1.05
-        ax.set(title=title, xlabel="epoch", ylim=(lowest, highest))
+        ax.set(
+            title=title,
+            xlabel="epoch",
+            ylim=(
+                min(0, ax.get_ylim()[0]),  # a term of the loss may be negative
+                None if title == "training loss" else 1.05,
+            ),
+        )
         ax.legend()
     return fig
 
@@ -946,8 +954,11 @@ def plot_layers(ax, values, rows, layers, most, texts):
             va="center",
             color="white" if values[i, j] > most / 2 else "black",
         )
-    names = [layer.removesuffix(".weight") for layer in layers]
-    ax.set_xticks(range(len(layers)), names, rotation=90)
+    ax.set_xticks(
+        range(len(layers)),
+        [layer.removesuffix(".weight") for layer in layers],
+        rotation=90,
+    )
     ax.set_yticks(range(len(rows)), rows)
     return image
 
@@ -1066,8 +1077,9 @@ def mean_gradient(model, weights, batches):
 def needs_gradient(criterion):
     """Whether a criterion depends on the gradient, so that every group has neurons of its own."""
     z = torch.tensor([1.0, 2.0])
-    gradients = torch.tensor([[3.0, -5.0], [-7.0, 11.0]])
-    return not torch.equal(*(CRITERIA[criterion](z, v) for v in gradients))
+    under_one = CRITERIA[criterion](z, torch.tensor([3.0, -5.0]))
+    under_other = CRITERIA[criterion](z, torch.tensor([-7.0, 11.0]))
+    return not torch.equal(under_one, under_other)
 
 
 def score_neurons(weights, gradients, criterion, unit="channel"):
@@ -1209,8 +1221,14 @@ def count_planned(model, planned, batches, weights, unit, passes, **columns):
     rows = []
     for group, of_group in enumerate(batches):
         asked = [plan for plan in planned if group in plan["groups"]]
-        variants = [plan["variant"] for plan in asked]
-        found = count_right(model, of_group, variants, weights, unit, passes)
+        found = count_right(
+            model,
+            of_group,
+            [plan["variant"] for plan in asked],
+            weights,
+            unit,
+            passes,
+        )
         for plan, by_group in zip(asked, found, strict=True):
             if group in by_group:
                 rows.append({**plan["row"], **columns, "group": group, **by_group[group]})
@@ -1481,8 +1499,9 @@ def machine(args):
             cache_enabled=False,  # as weights change inside
         )
     except (RuntimeError, AssertionError, ImportError) as error:  # as torch was built without it
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--device {args.device}: {reason}; use cpu or what is there") from error
+        raise BadInput(
+            f"--device {args.device}: {str(error).splitlines()[0]}; use cpu or what is there"
+        ) from error
     if args.workers is None:
         cores = os.cpu_count()
         if hasattr(os, "sched_getaffinity"):
@@ -1621,19 +1640,18 @@ def run_record(stage, args, **inputs):
     versions and, in a git checkout, its commit."""
     commit = None
     with contextlib.suppress(OSError):  # no git
-        done = subprocess.run(
+        commit = subprocess.run(
             ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
             check=False,
-        )
-        commit = done.stdout.strip() or None
+        ).stdout.strip()
     return {
         "stage": stage,
         "args": plain(args),
         "inputs": inputs,
         "command": shlex.join(sys.argv),
-        "commit": commit,
+        "commit": commit or None,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
@@ -1719,15 +1737,17 @@ def restore(folder, last, model, optimizer, scheduler):
 def save_epoch(folder, checkpoint, log, optimizer, scheduler, files, **more):
     """Write what an epoch of a training stage came to, and further files. last.pt holds the log
     (and `more`) as well, so that log and weights cannot disagree."""
-    last = {
+    written = {"log.jsonl": log, **files}
+    if selected(log) is log[-1]:
+        written["best.pt"] = checkpoint
+    written["last.pt"] = {
         **checkpoint,
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "log": log,
         **more,
     }
-    best = {"best.pt": checkpoint} if selected(log) is log[-1] else {}
-    write(folder, {"log.jsonl": log, **files, **best, "last.pt": last})
+    write(folder, written)
 
 
 def measure_selected(folder, model, test, table, log):

@@ -188,8 +188,11 @@ def critical_neurons(model, weights, images, logits, args, epoch):
             if args.gradient_source == "minority":
                 index = torch.isin(images.g, torch.tensor(args.minority)).nonzero()[:, 0]
             worst = common.worst_images(logits, images.y, index, generator)
-            batches = common.Batches(images, args.device, args.batch_size, parts=[worst])
-            gradients = common.mean_gradient(model, weights, batches)
+            gradients = common.mean_gradient(
+                model,
+                weights,
+                common.Batches(images, args.device, args.batch_size, parts=[worst]),
+            )
         scores = common.score_neurons(weights, gradients, criterion, args.unit)
         if args.order == "smallest":
             scores = {name: -values for name, values in scores.items()}
@@ -416,8 +419,8 @@ def resolve(args, erm, table, weights):
             setattr(args, key, erm["settings"][key])
     if args.epochs is None:
         epochs = erm["settings"]["epochs"]
-        folder = args.checkpoint.resolve().parent
-        if folder == (args.run / "erm").resolve():  # which may have been extended since
+        # That of RUN/erm may have been extended since
+        if args.checkpoint.resolve().parent == (args.run / "erm").resolve():
             epochs = erm_epochs(args.run)
         args.epochs = max(4, epochs // 5)
     if args.unit == "auto":

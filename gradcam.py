@@ -137,37 +137,41 @@ def main(args):
     without = 0
     if args.masks:
         measured = {**models, "random head": random_head(models[before], args.seed)}
-        batches = common.Batches(test, args.device, args.batch_size, args.workers)
-        scores, area = measure(measured, test, batches, layer, args)
+        scores, area = measure(
+            measured,
+            test,
+            common.Batches(test, args.device, args.batch_size, args.workers),
+            layer,
+            args,
+        )
         without = int((area == 0).sum())
         if without == len(test):
             raise BadInput(f"{args.masks}: no mask of a test image shows an object")
         if without:
             common.warn(f"{without} of {len(test)} images have no mask, or an empty one")
         rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
-    results = {
-        "stage": "gradcam",
-        "source": table.source,
-        "arch": checkpoint["arch"],
-        "before": str(args.before),
-        "after": dict(zip(after, map(str, args.after), strict=True)),
-        "erm": checkpoint.get("erm"),
-        "networks": {name: common.fingerprint_of(model) for name, model in models.items()},
-        "layer": layer,
-        "grid": grid,
-        "target": args.target,
-        "classes": classes,
-        "images": images,
-        "without_mask": without,
-        "focus": rows,
-    }
     common.write(
         folder,
         {
             "args.json": common.run_record("gradcam", args),
             "focus.csv": rows or None,
             "fig10_gradcam.png": None,
-            "results.json": results,
+            "results.json": {
+                "stage": "gradcam",
+                "source": table.source,
+                "arch": checkpoint["arch"],
+                "before": str(args.before),
+                "after": dict(zip(after, map(str, args.after), strict=True)),
+                "erm": checkpoint.get("erm"),
+                "networks": {name: common.fingerprint_of(model) for name, model in models.items()},
+                "layer": layer,
+                "grid": grid,
+                "target": args.target,
+                "classes": classes,
+                "images": images,
+                "without_mask": without,
+                "focus": rows,
+            },
         },
     )
     if args.masks:
@@ -175,11 +179,8 @@ def main(args):
     else:
         print("nothing measured: no object masks (--masks DIR)")
 
-    pictures = [test[i][0] for i in index]
-    common.write(
-        folder,
-        {"fig10_gradcam.png": plot_images(pictures, shown, images, shapes, classes, heading)},
-    )
+    figure = plot_images([test[i][0] for i in index], shown, images, shapes, classes, heading)
+    common.write(folder, {"fig10_gradcam.png": figure})
     print(f"wrote {folder}/")
 
 
@@ -502,8 +503,8 @@ def choose_images(split, groups, n, seed):
     there = [group for group in groups if (split.g == group["group"]).any()]
     minority = [group for group in there if group["minority"]]
     chosen = (minority or there)[:n]
-    most = math.ceil(n / len(chosen))
-    return torch.cat(common.sample_groups(split.g, chosen, most, seed=seed)).tolist()
+    parts = common.sample_groups(split.g, chosen, math.ceil(n / len(chosen)), seed=seed)
+    return torch.cat(parts).tolist()
 
 
 # ---- the figure ----
@@ -530,8 +531,9 @@ def plot_images(pictures, shown, images, shapes, classes, heading):
             if says["empty"]:
                 answer += "\nmap is empty"
             else:
-                scaled = (maps[i] / maps[i].max()).numpy()
-                heat = ax.imshow(scaled, cmap="magma", vmin=0, vmax=1, alpha=0.6)
+                heat = ax.imshow(
+                    (maps[i] / maps[i].max()).numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.6
+                )
             if shapes is not None and shapes[i].any():
                 ax.contour(shapes[i].numpy(), levels=[0.5], colors="white", linewidths=0.8)
             ax.set_xlabel(answer)

@@ -98,21 +98,20 @@ def main(args):
         changes = [row["change_percent"] for row in rows if row["criterion"] == criterion]
         heat[criterion] = np.reshape(changes, (len(groups), len(counts), -1)).mean(2)
         summary[criterion] = summarize_layers(heat[criterion], list(counts), groups)
-    results = {
-        "stage": "structured",
-        **about,
-        "k": args.k,
-        "groups": groups,
-        "layers": list(counts),
-        "summary": summary,
-    }
     common.write(
         folder,
         {
             "args.json": common.run_record("structured", args),
             "layers.csv": rows,
             "fig07_layers.png": None,
-            "results.json": results,
+            "results.json": {
+                "stage": "structured",
+                **about,
+                "k": args.k,
+                "groups": groups,
+                "layers": list(counts),
+                "summary": summary,
+            },
         },
     )
     print_summary(summary, groups, args.k)

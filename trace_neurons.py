@@ -147,9 +147,14 @@ def main(args):
         planned = plan(args, ranked, few, name, groups)
         if name == "train":
             planned += random_sets(args, ranked, few[-1], counts, minority)
-        of_groups = (batches(name, [members]) for members in index[name])
         rows += common.count_planned(
-            model, planned, of_groups, weights, args.unit, passes, split=name
+            model,
+            planned,
+            (batches(name, [members]) for members in index[name]),
+            weights,
+            args.unit,
+            passes,
+            split=name,
         )
 
     # Numbers first, so that they do not depend on figures
@@ -255,9 +260,14 @@ def random_sets(args, ranked, k, counts, minority):
             drawn = []
             for layer, n in Counter(layer for layer, _ in neurons[:k]).items():
                 drawn += [(layer, int(i)) for i in rng.choice(counts[layer], n, replace=False)]
-            groups = [j for j in minority if by in ("all", j)]
             planned.append(
-                planned_row("random", f"layers of {criterion} {by}", groups, drawn, repeat=repeat)
+                planned_row(
+                    "random",
+                    f"layers of {criterion} {by}",
+                    [j for j in minority if by in ("all", j)],
+                    drawn,
+                    repeat=repeat,
+                )
             )
     return planned
 
@@ -428,9 +438,8 @@ def print_changes(changes, groups):
             row["selected_by"] = short(groups[row["selected_by"]])
         for group in groups:
             row[short(group)] = "-"
-            if group["group"] in line["points"]:
-                points = line["points"][group["group"]]
-                row[short(group)] = f"{points:+.2f} ({line['images'][group['group']]:+.1f})"
+        for j, points in line["points"].items():
+            row[short(groups[j])] = f"{points:+.2f} ({line['images'][j]:+.1f})"
         rows.append(row)
     common.print_rows(
         "Change in accuracy in percentage points (images); * minority; selected by: the group "
@@ -507,8 +516,11 @@ def plot_ranks(neurons, shown):
     fig = Figure(figsize=(9, 3 * len(pairs) / 2))
     axes = fig.subplots(len(pairs) // 2, 2, squeeze=False)
     for ax, (criterion, other) in zip(axes.flat, pairs, strict=True):
-        values = [row[f"{other}_percentile"] for row in pick(neurons, criterion=criterion)]
-        ax.hist(values, np.arange(0, 101, 5), color="0.6")
+        ax.hist(
+            [row[f"{other}_percentile"] for row in pick(neurons, criterion=criterion)],
+            np.arange(0, 101, 5),
+            color="0.6",
+        )
         ax.yaxis.get_major_locator().set_params(integer=True)  # they are counts
         of = "of each group" if common.needs_gradient(criterion) else "of the network"
         ax.set(

@@ -215,7 +215,9 @@ def main(args):
         common.print_epoch(row, args.epochs)
 
         checkpoint = {**about, "erm": erm, "epoch": epoch, "model": model.state_dict()}
-        kept = {f"epoch_{epoch:03d}.pt": checkpoint} if epoch in args.keep_epochs else {}
+        kept = {}
+        if epoch in args.keep_epochs:
+            kept[f"epoch_{epoch:03d}.pt"] = checkpoint
         common.save_epoch(folder, checkpoint, log, optimizer, scheduler, kept)
 
     results = {

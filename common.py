@@ -693,6 +693,8 @@ def load_checkpoint(path, advice="train_erm.py and finetune_contrastive.py make 
         missing = [key for key in keys.split() if key not in checkpoint]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        # The ERM training that it comes from, which an older version did not name
+        checkpoint.setdefault("erm", {"id": None, "settings": checkpoint["args"]})
         return checkpoint
 
 
@@ -740,12 +742,6 @@ def reopen(path, data=None, device="cpu"):
             "train again"
         )
     return model, checkpoint, table
-
-
-def erm_of(checkpoint):
-    """{"id", "settings"} of the ERM training that a checkpoint comes from; the id, which tells one
-    training from another, is None where an older checkpoint does not say."""
-    return checkpoint.get("erm") or {"id": None, "settings": checkpoint["args"]}
 
 
 def open_split(checkpoint, table, split, **options):
@@ -1430,7 +1426,7 @@ def open_traced(args):
         "arch": checkpoint["arch"],
         "checkpoint": str(args.checkpoint),
         "epoch": checkpoint["epoch"],
-        "erm": checkpoint.get("erm"),
+        "erm": checkpoint["erm"],
         "network": fingerprint_of(model),
         "unit": args.unit,
     }
@@ -1727,7 +1723,7 @@ def restore(folder, last, model, optimizer, scheduler):
         # A kill may have come when best.pt was of the next epoch already and last.pt was not
         epochs = (selected(log)["epoch"], log[-1]["epoch"] + 1)
     best = load_checkpoint(folder / "best.pt", START_ANEW)
-    if best["epoch"] not in epochs or erm_of(best)["id"] != erm_of(last)["id"]:
+    if best["epoch"] not in epochs or best["erm"]["id"] != last["erm"]["id"]:
         raise BadInput(
             f"{folder / 'best.pt'} is not of epoch {epochs[0]} of this run; {START_ANEW}"
         )

@@ -267,9 +267,8 @@ def main(args):
     # The start, its data, settings, and what an earlier run of this command left
     args.checkpoint = starting_point(args)
     model, start, table = common.reopen(args.checkpoint, args.data, args.device)
-    erm = common.erm_of(start)
     weights = common.prunable_weights(model)
-    resolve(args, erm, table, weights)
+    resolve(args, start["erm"], table, weights)
     folder = args.run / args.name
     inputs = {
         "labels": table.fingerprint("train", "val"),
@@ -352,7 +351,6 @@ def main(args):
             **start,
             "data": {**start["data"], "source": table.source},
             "args": common.plain(args),
-            "erm": erm,
             "epoch": epoch,
             "model": model.state_dict(),
         }
@@ -380,7 +378,7 @@ def main(args):
         "epochs": args.epochs,
         "before": {"train": log[0]["train"], "val": log[0]["val"], **start_test},
         **selected,
-        "erm": erm,
+        "erm": start["erm"],
         "test_labels": test_labels,
     }
     common.write(folder, {"results.json": results})

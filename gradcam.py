@@ -162,7 +162,7 @@ def main(args):
                 "arch": checkpoint["arch"],
                 "before": str(args.before),
                 "after": dict(zip(after, map(str, args.after), strict=True)),
-                "erm": checkpoint.get("erm"),
+                "erm": checkpoint["erm"],
                 "networks": {name: common.fingerprint_of(model) for name, model in models.items()},
                 "layer": layer,
                 "grid": grid,
@@ -433,7 +433,7 @@ def load_networks(args):
         models[name], other = common.load_model(path, args.device)
         if any(other[key] != checkpoint[key] for key in ("arch", "size", "classes")):
             raise BadInput(f"{path} and {args.before} must be alike in arch, size and classes")
-        if common.erm_of(other)["id"] != common.erm_of(checkpoint)["id"]:
+        if other["erm"]["id"] != checkpoint["erm"]["id"]:
             common.warn(
                 f"{path} did not start from the training that {args.before} is of; was ERM run "
                 "again since?"

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -158,7 +159,7 @@ def main(args):
     }
     if last:
         log = common.restore(folder, last, model, optimizer, scheduler)
-        erm["id"] = common.erm_of(last)["id"]
+        erm["id"] = last["erm"]["id"]
 
     # What checkpoints say, what is learned from, and what is evaluated on
     about = {
@@ -272,15 +273,10 @@ def plot_gap(results):
     fig = Figure(figsize=(2 + 1.3 * len(train), 3.6))
     ax = fig.subplots()
     for split, width in (("train", -0.4), ("test", 0.4)):
-        report = results["splits"][split]
-        bars = ax.bar(
-            range(len(train)),
-            [100 * (group["acc"] or 0) for group in report["groups"]],
-            width,
-            align="edge",
-            label=split,
-        )
-        ax.bar_label(bars, [common.percent(report, i) for i in range(len(train))])
+        groups = results["splits"][split]["groups"]
+        accuracies = np.array([group["acc"] for group in groups], dtype=float)  # NaN: no image
+        bars = ax.bar(range(len(train)), 100 * accuracies, width, align="edge", label=split)
+        ax.bar_label(bars, fmt="%.1f")
     ax.set_xticks(
         range(len(train)),
         [f"{common.short(group)}\n{group['name']}\nn = {group['n']}" for group in train],

@@ -241,11 +241,12 @@ def make_record(path):
         "reports": {},
         "lines": {},
     }
-    if result.get("erm"):  # of the ERM training that all comes from; older runs do not say
+    erm = result.get("erm")
+    if erm and erm["id"]:  # of the ERM training that all comes from; older runs do not say
         record["erm"] = {
-            "id": result["erm"]["id"],
-            "seed": result["erm"]["settings"].get("seed"),
-            "settings": compared(result["erm"]["settings"]),
+            "id": erm["id"],
+            "seed": erm["settings"].get("seed"),
+            "settings": compared(erm["settings"]),
         }
 
     # The network that a stage started from: file, epoch, fingerprint

@@ -60,7 +60,7 @@ def norms(run, lam):
     args.checkpoint = finetune_contrastive.starting_point(args)
     model, start, table = common.reopen(args.checkpoint)
     weights = common.prunable_weights(model)
-    finetune_contrastive.resolve(args, common.erm_of(start), table, weights)
+    finetune_contrastive.resolve(args, start["erm"], table, weights)
     images = common.open_split(start, table, "train", augment=args.augment, views=2, seed=args.seed)
     order = common.EpochOrder(len(images), args.batch_size, args.seed)
     order.epoch = 1

@@ -293,7 +293,7 @@ def test_checkpoints_of_older_versions(tmp_path):
     assert_body(again, model.state_dict(), head=())
     assert table.source == source
     assert len(table.files) == 32 + 16 + 20
-    assert common.erm_of(checkpoint) == {"id": None, "settings": {"seed": 3}}
+    assert checkpoint["erm"] == {"id": None, "settings": {"seed": 3}}
 
 
 def test_data_that_changed_since_training(tmp_path):
@@ -313,7 +313,7 @@ def test_data_that_changed_since_training(tmp_path):
         common.reopen(tmp_path / "a.pt")
     _, checkpoint, again = common.reopen(tmp_path / "a.pt", tmp_path / "moved")
     assert (again.g == table.g).all()
-    assert common.erm_of(checkpoint) == erm
+    assert checkpoint["erm"] == erm
 
     text = (tmp_path / "moved/metadata.csv").read_text()
     less = text.splitlines()[:-1]  # without the last test image

@@ -164,12 +164,12 @@ def read_celeba(folder, attributes=CELEBA):
     """The labels of CelebA from its two lists, txt or csv, joined by file name and never by the
     order of rows. Raises BadInput."""
     labels, partition = (find_list(folder, stem) for stem in CELEBA_LISTS)
-    _, (files, y, a) = read_columns(labels, "image_id", *attributes)
+    titles, (files, y, a) = read_columns(labels, "image_id", *attributes)
     _, (ids, parts) = read_columns(partition, "image_id", "partition")
     split_of = dict(zip(ids, parts, strict=True))
     if len(split_of) < len(ids):
         raise BadInput(
-            f"{partition}: {len(ids) - len(split_of)} images stand in it twice; keep one row each"
+            f"{partition}: {len(ids) - len(split_of)} rows repeat an image; keep one of each"
         )
     alone = sorted(split_of.keys() ^ set(files))
     if alone:
@@ -177,7 +177,7 @@ def read_celeba(folder, attributes=CELEBA):
             f"{labels} and {partition.name} do not join: {len(alone)} images are in one of them "
             f"only ({', '.join(alone[:3])}); take both from one source"
         )
-    return make_table(labels, folder, files, y, a, [split_of[file] for file in files], attributes)
+    return make_table(labels, folder, files, y, a, [split_of[file] for file in files], titles[1:])
 
 
 def find_list(folder, stem):
@@ -1071,11 +1071,11 @@ def mean_gradient(model, weights, batches):
 
 
 def needs_gradient(criterion):
-    """Whether a criterion depends on the gradient, so that every group has neurons of its own."""
-    z = torch.tensor([1.0, 2.0])
-    under_one = CRITERIA[criterion](z, torch.tensor([3.0, -5.0]))
-    under_other = CRITERIA[criterion](z, torch.tensor([-7.0, 11.0]))
-    return not torch.equal(under_one, under_other)
+    """Whether a criterion cannot do without the gradient, so that every group has neurons of its
+    own."""
+    with contextlib.suppress(Exception):
+        return not torch.is_tensor(CRITERIA[criterion](torch.ones(2), None))
+    return True
 
 
 def score_neurons(weights, gradients, criterion, unit="channel"):
@@ -1665,10 +1665,13 @@ def changed_settings(folder, args, defaults, inputs):
     with reading(folder / "args.json", START_ANEW):
         known = {**plain(defaults), **before["args"]}
         for key, value in settings(args).items():
-            left_out = key not in before["args"] and known[key] is None
-            longer = key == "epochs" and value > known[key]
-            if value != known[key] and not left_out and not longer:
-                changed.append(f"{key} {known[key]}, now {value}")
+            known_value = known.get(key)
+            if key not in before["args"] and known_value is None:
+                continue  # its default depends on the data
+            if key == "epochs" and value > known_value:
+                continue  # a run may be extended
+            if value != known_value:
+                changed.append(f"{key} {known_value}, now {value}")
         for key, value in inputs.items():
             known_value = before["inputs"].get(key)
             if None not in (value, known_value) and value != known_value:
@@ -1677,28 +1680,32 @@ def changed_settings(folder, args, defaults, inputs):
 
 
 def earlier_run(folder, args, defaults, names, show, test_labels, **inputs):
-    """Where an earlier run left a training stage: the content of last.pt if it goes on from there
-    (or lacks no more than a figure or the numbers of other test images), else None; and whether it
-    is finished, which show(results) shows. It only reads. names: the files of the stage;
-    test_labels: their fingerprint, as results.json holds for these test images alone; defaults,
-    inputs: see changed_settings. Raises BadInput if the folder holds a run of other settings or
-    inputs, or is damaged."""
+    """Where an earlier run left a training stage, (last, finished). (None, False): it starts from
+    the beginning. (the content of last.pt, False): it goes on from there, if only to draw a lost
+    figure or to measure other test images. (None, True): there is nothing to do, and show(results)
+    has shown it. It only reads. names: the files of the stage; test_labels: the fingerprint of the
+    test images, for which alone results.json holds; defaults, inputs: see changed_settings. Raises
+    BadInput if the folder holds a run of other settings or inputs, or is damaged."""
     check_own(folder, names)
     ended = (folder / "results.json").exists()
     if not ended and not (folder / "last.pt").exists():
         return None, False
     changed = changed_settings(folder, args, defaults, inputs)
+    shorter = False
     finished = False
     if ended:
         results = read_json(folder / "results.json")
         with reading(folder / "results.json", START_ANEW):
+            shorter = results["epochs"] < args.epochs
             finished = (
-                results["epochs"] >= args.epochs
+                not shorter
                 and results.get("test_labels", test_labels) == test_labels
                 and all((folder / name).exists() for name in names if name.endswith(".png"))
             )
-    if args.overwrite and (changed or finished):
-        return None, False  # while an unfinished run of these settings goes on
+    # Even with --overwrite an unfinished run of these settings goes on: it may be this very
+    # command, which was interrupted
+    if args.overwrite and (changed or shorter or finished):
+        return None, False
     if changed:
         raise BadInput(
             f"{folder} is of a run with other settings ({'; '.join(changed[:4])}); use another "
@@ -1714,35 +1721,37 @@ def earlier_run(folder, args, defaults, names, show, test_labels, **inputs):
 
 def restore(folder, last, model, optimizer, scheduler):
     """Bring a training stage back to where last.pt left it; returns its log. Raises BadInput, also
-    if best.pt, which the end needs, is lost or of another run."""
+    if best.pt, which the end needs, is lost or of another run; but where the last epoch is the best
+    one, `begin` makes best.pt from last.pt."""
     with reading(folder / "last.pt", START_ANEW):
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"])
         log = last["log"]
-        # A kill may have come when best.pt was of the next epoch already and last.pt was not
-        epochs = (selected(log)["epoch"], log[-1]["epoch"] + 1)
-    best = load_checkpoint(folder / "best.pt", START_ANEW)
-    if best["epoch"] not in epochs or best["erm"]["id"] != last["erm"]["id"]:
-        raise BadInput(
-            f"{folder / 'best.pt'} is not of epoch {epochs[0]} of this run; {START_ANEW}"
-        )
+        epoch = selected(log)["epoch"]
+    if epoch != last["epoch"]:
+        best = load_checkpoint(folder / "best.pt", START_ANEW)
+        if best["epoch"] != epoch or best["erm"]["id"] != last["erm"]["id"]:
+            raise BadInput(
+                f"{folder / 'best.pt'} is not of epoch {epoch} of this run; {START_ANEW}"
+            )
     return log
 
 
 def save_epoch(folder, checkpoint, log, optimizer, scheduler, files, **more):
     """Write what an epoch of a training stage came to, and further files. last.pt holds the log
-    (and `more`) as well, so that log and weights cannot disagree."""
-    written = {"log.jsonl": log, **files}
-    if selected(log) is log[-1]:
-        written["best.pt"] = checkpoint
-    written["last.pt"] = {
+    (and `more`) as well, so that log and weights cannot disagree. It comes before best.pt, which
+    `begin` can make from it if a kill comes between the two."""
+    last = {
         **checkpoint,
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "log": log,
         **more,
     }
+    written = {"log.jsonl": log, **files, "last.pt": last}
+    if selected(log) is log[-1]:
+        written["best.pt"] = checkpoint
     write(folder, written)
 
 
@@ -1773,7 +1782,12 @@ def begin(folder, args, names, last, **inputs):
         for path in folder.glob(name):
             if name != "args.json":
                 path.unlink()
-    write(folder, {"args.json": run_record(folder.name, args, **inputs)})
+    files = {"args.json": run_record(folder.name, args, **inputs)}
+    if last is not None and selected(last["log"])["epoch"] == last["epoch"]:
+        # A kill may have come between last.pt and best.pt
+        more = ("optimizer", "scheduler", "log", "masked")
+        files["best.pt"] = {key: value for key, value in last.items() if key not in more}
+    write(folder, files)
 
 
 STYLE = {  # of all figures: small type, readable in grey
@@ -1836,6 +1850,8 @@ def in_one_line(error):
         return str(error)
     advice = "try a smaller --batch-size or --workers 0"
     for line in str(error).splitlines():
+        if isinstance(error, RuntimeError) and "deterministic" in line:
+            return f"{line[:200]}; leave --deterministic out"
         if isinstance(error, RuntimeError) and re.search(LIMITS, line):
             return f"{line[:200]}; {advice}"
     if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
@@ -1843,8 +1859,8 @@ def in_one_line(error):
     return None
 
 
-# Where torch says that the machine has too little of something, or cannot do what a flag asks for
+# Where torch says that the machine has too little of something
 LIMITS = (
     r"out of memory|can't allocate|bad_alloc|can't start new thread|shared memory|ancdata|"
-    r"Too many open files|could not create a primitive|deterministic|DataLoader worker \(pid"
+    r"Too many open files|could not create a primitive|DataLoader worker \(pid"
 )

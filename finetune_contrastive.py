@@ -180,8 +180,13 @@ def critical_neurons(model, weights, images, logits, args, epoch):
         places = torch.randperm(total, generator=generator)[:k].tolist()
         for name, index in common.locate(places, counts):
             rows.append({"criterion": "random", "parameter": name, "index": index, "score": ""})
-    criteria = {"mixed": ["magnitude", "gradient"], "random": [], "none": []}
-    for criterion in criteria.get(args.criterion, [args.criterion]):
+    if args.criterion in ("random", "none"):
+        criteria = []
+    elif args.criterion == "mixed":
+        criteria = ["magnitude", "gradient"]
+    else:
+        criteria = [args.criterion]
+    for criterion in criteria:
         gradients = {}
         if common.needs_gradient(criterion):
             index = torch.arange(len(images))
@@ -237,8 +242,7 @@ def supervised_loss(logits, y, loss="mse"):
     if loss == "ce":
         return torch.nn.functional.cross_entropy(logits, y, reduction="sum")
     error = logits.softmax(1) - torch.nn.functional.one_hot(y, logits.shape[1])
-    of_image = error.square().sum(1)
-    return of_image.sum()
+    return error.square().sum()
 
 
 def losses(model, x, y, masks, args):
@@ -269,6 +273,7 @@ def main(args):
     model, start, table = common.reopen(args.checkpoint, args.data, args.device)
     weights = common.prunable_weights(model)
     resolve(args, start["erm"], table, weights)
+    common.print_settings(args)
     folder = args.run / args.name
     inputs = {
         "labels": table.fingerprint("train", "val"),
@@ -394,7 +399,13 @@ def starting_point(args):
     if args.checkpoint:
         return args.checkpoint
     if args.kick_in:
-        return folder / f"epoch_{args.kick_in:03d}.pt"
+        path = folder / f"epoch_{args.kick_in:03d}.pt"
+        if not path.exists():
+            raise BadInput(
+                f"{path}: no such file; train_erm.py keeps the epochs of its --keep-epochs, and "
+                "--checkpoint takes any other file"
+            )
+        return path
     kick_in = max(1, erm_epochs(args.run) * 2 // 5)
     path = folder / f"epoch_{kick_in:03d}.pt"
     if path.exists():
@@ -428,7 +439,6 @@ def resolve(args, erm, table, weights):
         raise BadInput("--gradient-source minority: no group of these data is one; use train")
     if args.checkpoint.resolve().parent == (args.run / args.name).resolve():
         raise BadInput(f"{args.checkpoint} lies in the folder to be filled; choose another --name")
-    common.print_settings(args)
 
 
 def print_table(results):

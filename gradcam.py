@@ -108,7 +108,7 @@ def main(args):
 
     # The picture: a seeded choice of images
     index = choose_images(test, table.groups, args.n, args.seed)
-    ((x, y, *_),) = common.Batches(test, args.device, order=[index])
+    x, y, *_ = next(iter(common.Batches(test, args.device, order=[index])))
     shapes = object_masks(test, index, args.masks) if args.masks else None
     shown = {}
     for name, model in models.items():
@@ -301,7 +301,9 @@ def focus(maps, masks):
 def bootstrap(values, seed=0, resamples=1000):
     """Mean (K,) and 95 % interval (2, K) of values (n, K) over images drawn anew; NaN is left out
     of a column, and is the result where a column has nothing else."""
-    n, known, generator = len(values), ~values.isnan(), torch.Generator().manual_seed(seed)
+    n = len(values)
+    known = ~values.isnan()
+    generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (resamples, n), generator=generator)
     times = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
     means = (times @ values.nan_to_num()) / (times @ known.float())
@@ -424,7 +426,8 @@ def load_networks(args):
     model, checkpoint, table = common.reopen(args.before, args.data, args.device)
     paths = [args.before, *args.after]
     names = [Path(os.path.realpath(path)).parent.name for path in paths]
-    if len({*names, "random head", "gaussian"}) < len(names) + 2:  # as the controls are called
+    controls = {"random head", "gaussian"}
+    if len(set(names)) < len(names) or controls & set(names):
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise BadInput(f"--before and --after name one checkpoint twice: {', '.join(names)}")

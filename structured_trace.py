@@ -57,16 +57,16 @@ def main(args):
 
     # Scores of all neurons: for each group or, where a criterion needs no gradient, for all of
     # them; the random ones are those of largest random score
-    gradients = {"all": {}}
+    gradients = {}
     for j, of_group in enumerate(batches):
         gradients[j] = common.mean_gradient(model, weights, of_group)
     scores = {}
     for criterion in common.CRITERIA:
-        for by, gradient in gradients.items():
-            if (by == "all") != common.needs_gradient(criterion):
-                scores[criterion, by] = common.score_neurons(
-                    weights, gradient, criterion, args.unit
-                )
+        if common.needs_gradient(criterion):
+            for j, gradient in gradients.items():
+                scores[criterion, j] = common.score_neurons(weights, gradient, criterion, args.unit)
+        else:
+            scores[criterion, "all"] = common.score_neurons(weights, {}, criterion, args.unit)
     rng = np.random.default_rng(args.seed)
     for i in range(args.controls):
         scores["random", f"set {i}"] = {
@@ -81,7 +81,7 @@ def main(args):
             planned.append(
                 {
                     "row": {"parameter": layer, "criterion": criterion, "selected_by": by, "k": k},
-                    "groups": range(len(groups)) if isinstance(by, str) else [by],
+                    "groups": [by] if by in gradients else list(gradients),
                     "variant": {"neurons": common.top_neurons({layer: values[layer]}, k)},
                 }
             )
@@ -91,12 +91,17 @@ def main(args):
         row["change_percent"] = round(common.change(row), 4)
 
     # The heat map and its summary; numbers first, so that they do not depend on the figure
+    changes = {}  # of one set of neurons, or of several random ones
+    for row in rows:
+        key = (row["criterion"], row["group"], row["parameter"])
+        changes.setdefault(key, []).append(row["change_percent"])
     heat = {}
     summary = {}
     for criterion in (*common.CRITERIA, "random"):
-        # Rows lie by group, layer and set: the mean is over random sets
-        changes = [row["change_percent"] for row in rows if row["criterion"] == criterion]
-        heat[criterion] = np.reshape(changes, (len(groups), len(counts), -1)).mean(2)
+        heat[criterion] = np.zeros((len(groups), len(counts)))
+        for j in range(len(groups)):
+            for at, layer in enumerate(counts):
+                heat[criterion][j, at] = np.mean(changes[criterion, j, layer])
         summary[criterion] = summarize_layers(heat[criterion], list(counts), groups)
     common.write(
         folder,

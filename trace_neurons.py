@@ -101,15 +101,15 @@ def main(args):
     common.open_folder(folder, FILES)
 
     # What there is to trace: accuracy over all images, and a sample of each group
-    def batches(name, parts=None):
-        return common.Batches(splits[name], args.device, args.batch_size, args.workers, parts=parts)
+    def batches(images, parts=None):
+        return common.Batches(images, args.device, args.batch_size, args.workers, parts=parts)
 
     splits = {}
     loaders = {}
     index = {}
     for name in ("train", "test"):
         splits[name] = common.open_split(checkpoint, table, name)
-        loaders[name] = batches(name)
+        loaders[name] = batches(splits[name])
         index[name] = common.sample_groups(
             splits[name].g, groups, args.max_per_group, whole=name == "train", seed=args.seed
         )
@@ -123,8 +123,10 @@ def main(args):
             generator = torch.Generator().manual_seed(args.seed)
             of_group = (splits["train"].g == j).nonzero()[:, 0]
             members = common.worst_images(logits["train"], splits["train"].y, of_group, generator)
-        gradients[j] = common.mean_gradient(model, weights, batches("train", [members]))
-    gradients["all"] = common.mean_gradient(model, weights, batches("train", index["train"]))
+        gradients[j] = common.mean_gradient(model, weights, batches(splits["train"], [members]))
+    gradients["all"] = common.mean_gradient(
+        model, weights, batches(splits["train"], index["train"])
+    )
 
     # Scores, and the critical sets: I_j for each group j or, where a criterion needs no gradient,
     # one set for all
@@ -133,24 +135,23 @@ def main(args):
     ranked = {}
     for criterion in common.CRITERIA:
         for by, gradient in gradients.items():
-            key = (criterion, by)
-            scores[key] = common.score_neurons(weights, gradient, criterion, args.unit)
-            if (by == "all") != common.needs_gradient(criterion):
-                ranked[key] = common.top_neurons(scores[key], listed)
+            scores[criterion, by] = common.score_neurons(weights, gradient, criterion, args.unit)
+        for by in range(len(groups)) if common.needs_gradient(criterion) else ["all"]:
+            ranked[criterion, by] = common.top_neurons(scores[criterion, by], listed)
     neurons = neuron_table(ranked, scores)
 
     # All modified networks, and what they get right
     rows = []
     few = args.top_k[:3]  # for noise, figures and, the largest of them, the control
     passes = common.OnePass()
-    for name in splits:
+    for name, images in splits.items():
         planned = plan(args, ranked, few, name, groups)
         if name == "train":
             planned += random_sets(args, ranked, few[-1], counts, minority)
         rows += common.count_planned(
             model,
             planned,
-            (batches(name, [members]) for members in index[name]),
+            (batches(images, [members]) for members in index[name]),
             weights,
             args.unit,
             passes,
@@ -477,7 +478,7 @@ def plot_changes(rows, groups, args, how, sigmas):
                 error_kw={"lw": 0.8, "capsize": 2},
             )
         if how == "zero":
-            plot_random(ax, rows, groups, ks[-1])
+            plot_random(ax, rows, groups, ks[-1], 0.8 * (len(ks) + 0.5) / slots - 0.4)
         ax.axhline(0, color="black", lw=0.6)
         ax.set_xticks(
             range(len(groups)),
@@ -499,14 +500,15 @@ def plot_changes(rows, groups, args, how, sigmas):
     return fig
 
 
-def plot_random(ax, rows, groups, k):
-    """k random neurons of all layers, zeroed: mean and 95 % range for each minority group."""
+def plot_random(ax, rows, groups, k, shift):
+    """k random neurons of all layers, zeroed: mean and 95 % range for each minority group, so far
+    to the right of its tick."""
     label = f"random {k}, mean and 95 % range"
     for j, g in enumerate(groups):
         null = random_changes(rows, "all layers", g["group"])
         if null:
-            ax.vlines(j + 0.3, *middle_95(null), color="black")
-            ax.plot(j + 0.3, np.mean(null), "D", color="black", mfc="white", ms=4, label=label)
+            ax.vlines(j + shift, *middle_95(null), color="black")
+            ax.plot(j + shift, np.mean(null), "D", color="black", mfc="white", ms=4, label=label)
             label = None  # once in the legend
 
 

@@ -149,17 +149,20 @@ def main(args):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
     log = []
-    erm = {
-        "id": None,
+    training = None
+    if last:
+        log = common.restore(folder, last, model, optimizer, scheduler)
+        training = last["erm"]["id"]
+        if inputs["weights"] is None:  # the file is gone, and is known from the start
+            inputs["weights"] = last["erm"]["settings"]["weights"]
+    erm = {  # of which training a checkpoint is, which later stages keep
+        "id": training,
         "settings": {
             **common.settings(args),
             "weights": inputs["weights"],
             "attributes": args.attributes,
         },
     }
-    if last:
-        log = common.restore(folder, last, model, optimizer, scheduler)
-        erm["id"] = last["erm"]["id"]
 
     # What checkpoints say, what is learned from, and what is evaluated on
     about = {

@@ -87,6 +87,7 @@ def test_celebas_lists(tmp_path, form, images, lists):
     other = read_table(tmp_path, ("Bald", "Male"))  # Bald is the reverse of Blond_Hair here
     assert (other.y == 1 - table.y).all()
     assert names_of(other)[2] == "Bald=1 Male=-1"
+    assert names_of(read_table(tmp_path, ("blond_hair", "MALE"))) == names_of(table)
     with pytest.raises(BadInput, match="no column Hat in the header"):
         read_table(tmp_path, ("Hat", "Male"))
 
@@ -95,7 +96,7 @@ def test_celebas_lists(tmp_path, form, images, lists):
     assert counts_of(read_table(path)) == COUNTS  # either list stands for both
     text = path.read_text()
     path.write_text(text.replace("000003.jpg", "000004.jpg"))
-    with pytest.raises(BadInput, match="1 images stand in it twice; keep one row each"):
+    with pytest.raises(BadInput, match="1 rows repeat an image; keep one of each"):
         read_table(tmp_path)
     copy = path.with_suffix(".csv" if form == "txt" else ".txt")
     copy.write_text(text)

@@ -224,7 +224,8 @@ def test_needs_gradient(monkeypatch):
         "product": (lambda z, v: z * v, True),
         "positive": (lambda z, v: z * (v > 0), True),
         "square": (lambda z, v: z.square(), False),
-        "even": (lambda z, v: torch.ones_like(v), False),
+        "large": (lambda z, v: z * (v.abs() > 1e-3), True),
+        "like v": (lambda z, v: torch.ones_like(v), True),
     }
     for name, (criterion, _) in criteria.items():
         monkeypatch.setitem(common.CRITERIA, name, criterion)

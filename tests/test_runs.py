@@ -356,8 +356,12 @@ def test_weights_are_needed_at_the_start_alone(train, tmp_path):
     assert "epoch 1/4" not in said
     assert "epoch 2/4" in said
     assert "is finished" in train(f"--weights {path}")
+    settings = common.read_json(tmp_path / "run/erm/results.json")["erm"]["settings"]
+    assert settings == common.load_checkpoint(tmp_path / "run/erm/epoch_001.pt")["erm"]["settings"]
     torch.save(weights, path)  # and it may come back
     assert "is finished" in train(f"--weights {path}")
+    torch.save({**weights, "conv1.0.weight": weights["conv1.0.weight"] + 1}, path)
+    assert "the weights changed" in train(f"--weights {path}", code=2)
 
 
 def test_a_damaged_test_image_is_said_before_training(train, tmp_path):
@@ -392,9 +396,19 @@ def test_a_test_row_that_is_taken_out(train, tmp_path):
     assert "is finished" in train("--epochs 2", data=birds)
 
 
+def say_best(folder, epoch):
+    """Have the log of a run say that this epoch is the best one."""
+    last = torch.load(folder / "last.pt", weights_only=True)
+    for row in last["log"]:
+        row["val"]["acc_worst"] = float(row["epoch"] == epoch)
+    torch.save(last, folder / "last.pt")
+    return last["model"]
+
+
 def test_what_the_end_needs_is_said_before_training(train, tmp_path):
     folder = tmp_path / "run/erm"
     train(stop_after=2)
+    say_best(folder, 1)
     (folder / "best.pt").unlink()
     before = stamps(tmp_path / "run")
     said = train(code=2)
@@ -403,22 +417,52 @@ def test_what_the_end_needs_is_said_before_training(train, tmp_path):
 
 
 def test_a_best_checkpoint_of_another_run(train, tmp_path):
-    """It would be measured at the end. That of the next epoch is none: a kill came before last.pt
-    was written, and the epoch is run again."""
+    """It would be measured at the end."""
     folder = tmp_path / "run/erm"
     train("--seed 8")
-    shutil.copy(folder / "best.pt", tmp_path)
+    of_other_run = common.load_checkpoint(folder / "best.pt")
     train("--overwrite", stop_after=2)
-    own = (folder / "best.pt").read_bytes()
-    shutil.copy(tmp_path / "best.pt", folder)
-    assert "best.pt is not of epoch" in train(code=2)
-    (folder / "best.pt").write_bytes(own)
-    log = common.load_checkpoint(folder / "last.pt")["log"]
-    for epoch, code in ((log[-1]["epoch"] + 1, 0), (log[-1]["epoch"] + 2, 2)):
-        shutil.copytree(folder, tmp_path / f"{epoch}/run/erm")
-        checkpoint = {**common.load_checkpoint(folder / "best.pt"), "epoch": epoch}
-        torch.save(checkpoint, tmp_path / f"{epoch}/run/erm/best.pt")
-        train(f"--run {tmp_path}/{epoch}/run", code)
+    say_best(folder, 1)
+    torch.save({**of_other_run, "epoch": 1}, folder / "best.pt")
+    assert "best.pt is not of epoch 1 of this run" in train(code=2)
+    of_this_run = common.load_checkpoint(folder / "last.pt")
+    torch.save(of_this_run, folder / "best.pt")
+    assert "best.pt is not of epoch 1 of this run" in train(code=2)
+    torch.save({**of_this_run, "epoch": 1}, folder / "best.pt")
+    assert "epoch 3/4" in train()
+
+
+@pytest.mark.parametrize("best", ["older", "lost"])
+def test_a_kill_between_last_and_best_checkpoint(train, tmp_path, best):
+    """last.pt is of an epoch that best.pt should be of. It is made from last.pt, and so the end
+    measures the epoch that the log selects, even if the next ones are not what they were."""
+    folder = tmp_path / "run/erm"
+    train(stop_after=2)
+    weights = say_best(folder, 2)
+    if best == "older":
+        checkpoint = common.load_checkpoint(folder / "epoch_001.pt")
+        torch.save(checkpoint, folder / "best.pt")
+    else:
+        (folder / "best.pt").unlink()
+    train(stop_after=1)  # goes on, and stops when args.json and best.pt stand
+    found = common.load_checkpoint(folder / "best.pt")
+    assert found["epoch"] == 2
+    assert found.keys() == common.load_checkpoint(folder / "epoch_001.pt").keys()
+    for name, values in weights.items():
+        assert torch.equal(found["model"][name], values), name
+
+
+def test_a_longer_run_that_overwrites(train, copy):
+    """Starts anew, where without --overwrite it would extend the run; and when it is interrupted,
+    the same command goes on."""
+    flags = "--overwrite --epochs 5"
+    train(flags, stop_after=3)
+    said = train(flags)
+    assert "epoch 1/5" not in said
+    assert "epoch 5/5" in said
+    log = common.load_checkpoint(copy / "erm/last.pt")["log"]
+    assert [row["epoch"] for row in log] == [1, 2, 3, 4, 5]
+    assert "epoch 1/6" in train("--overwrite --epochs 6")
 
 
 @pytest.mark.parametrize("name", ["args.json", "results.json", "last.pt"])

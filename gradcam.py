@@ -207,18 +207,19 @@ def activations(model, x, layer=None, target=None, channels_last=None):
     def cut(module, inputs, out):
         if not torch.is_tensor(out) or len(out) != len(x):
             raise ValueError(f"{layer or 'the last feature map'}: not a tensor with all images")
-        # The graph starts here, as nothing before the layer needs a gradient. It ends with the
-        # `with torch.no_grad()` around the pass
-        torch.set_grad_enabled(True)
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # the rest of the network may overwrite it, as by an in-place ReLU
 
-    with common.evaluating(model), torch.inference_mode(False), torch.no_grad():
+    # The same weights without gradients, so that the graph starts at the layer
+    frozen = {name: weight.detach() for name, weight in model.named_parameters()}
+    with common.evaluating(model), torch.inference_mode(False), torch.enable_grad():
         if layer is None:
-            logits = model.forward_head(cut(None, None, model.forward_features(x)))
+            with torch.no_grad():
+                features = model.forward_features(x)
+            logits = model.forward_head(cut(None, None, features))
         else:
             with model.get_submodule(layer).register_forward_hook(cut):  # removed at the end
-                logits = model(x)
+                logits = torch.func.functional_call(model, frozen, (x,))
         if not kept:
             raise ValueError(f"{layer}: not run in the forward pass")
         classes = logits.argmax(1) if target is None else torch.as_tensor(target).to(x.device)

@@ -47,7 +47,7 @@ def on_planted(monkeypatch):
     linear.bias.data = torch.tensor([0.0, -1])
     model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear)
     table = SimpleNamespace(source="planted", groups=GROUPS)
-    about = {"arch": "planted", "epoch": 1}
+    about = {"arch": "planted", "epoch": 1, "erm": {"id": "planted", "settings": {}}}
     monkeypatch.setattr(common, "reopen", lambda *_: (model, about, table))
     monkeypatch.setattr(common, "open_split", lambda *_: split)
     monkeypatch.setattr(Figure, "savefig", lambda _, buffer, **__: buffer.write(b"a figure"))

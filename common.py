@@ -110,8 +110,8 @@ IMAGE_FOLDERS = [
 
 @dataclass
 class Table:
-    """The labels of all splits, N images: int64 arrays (N,) of y class, a spurious attribute,
-    g = y * n_attributes + a group, split index into SPLITS; files are relative to root."""
+    """The labels of all N images. y: class; a: spurious attribute; g: group, y * n_attributes + a;
+    split: index into SPLITS; each an int64 array (N,). files: paths relative to root."""
 
     source: str  # the file that holds the labels
     root: Path
@@ -124,8 +124,9 @@ class Table:
     groups: list  # a dict per group: group, name, train_n, minority
 
     def fingerprint(self, *splits):
-        """Tells whether labels or images of these splits changed. Images are known by their names
-        below the folder that all of them have in common, so the data may move as a whole."""
+        """A hash of labels and file names of these splits, by which a change is noticed; that of
+        pixels is not. The folder that all files have in common is left out, so the data may move
+        as a whole."""
         rows = zip(self.files, self.y.tolist(), self.a.tolist(), self.split.tolist(), strict=True)
         rows = [row for row in rows if SPLITS[row[-1]] in splits]
         above = len(os.path.commonpath([os.path.dirname(file) for file, *_ in rows]))
@@ -191,8 +192,8 @@ def find_list(folder, stem):
         if found:
             return found[0]
     raise BadInput(
-        f"{folder} holds neither metadata*.csv nor list_attr_celeba and list_eval_partition; name "
-        "the folder that does, or see the README"
+        f"{folder} holds no {stem}.txt or .csv, nor a metadata*.csv; name the folder that does, or "
+        "see the README"
     )
 
 
@@ -255,7 +256,7 @@ def find_column(path, header, name):
                 return titles.index(wanted)
     raise BadInput(
         f"{path}: no column {name.replace('|', ' or ')} in the header {', '.join(header)[:200]}; "
-        "--attributes Y A names those of class and attribute"
+        "rename one, or, of class and attribute, name it by --attributes Y A"
     )
 
 
@@ -1184,8 +1185,8 @@ def full_passes(model, x, variants, weights, unit="channel"):
 def count_right(model, batches, variants, weights, unit="channel", passes=full_passes):
     """How many images the model gets right as it is and under each variant (see full_passes), over
     batches (x, y, g, ...): for every variant {group: {n, correct_before, correct_after, to_wrong,
-    to_right}}, the last two of the images that were right before alone, or after alone. Memory
-    hardly grows with the number of variants, of which only the logits are kept."""
+    to_right}}. to_wrong: right before and wrong after; to_right: wrong before and right after.
+    Memory hardly grows with the number of variants, of which only the logits are kept."""
     counts = [{} for _ in variants]
     with evaluating(model), torch.inference_mode():
         for x, y, g, *_ in batches:
@@ -1211,9 +1212,10 @@ def count_right(model, batches, variants, weights, unit="channel", passes=full_p
 
 
 def count_planned(model, planned, batches, weights, unit, passes, **columns):
-    """Rows on planned networks, dicts: what `row` says of each, the columns, and what count_right
-    finds of every group it is planned for (`groups`) under its `variant`. batches: of each group;
-    one without an image has no row."""
+    """A row for each planned network and group it is tried on, a dict: the plan's `row`, the
+    further columns, and what count_right finds under its `variant`. A plan: {"row": ..., "groups":
+    their numbers, "variant": ...}. batches: those of each group; a group without images has no
+    row."""
     rows = []
     for group, of_group in enumerate(batches):
         asked = [plan for plan in planned if group in plan["groups"]]
@@ -1243,8 +1245,8 @@ def change(row):
 
 class OnePass:
     """Stands for full_passes, two to three times as fast: one forward pass for all variants, from
-    which each branches off where its first changed weight is used. Where torch.fx cannot trace the
-    network it warns, and takes full passes."""
+    which each branches off where its first changed weight is used. Where torch.fx cannot record
+    the forward pass it warns, and takes full passes."""
 
     def __init__(self):
         self.traced = None
@@ -1263,13 +1265,13 @@ class OnePass:
 
 
 def trace_graph(model, x):
-    """The network as a torch.fx graph; None, with a warning, where it cannot be traced or gives
-    other logits."""
-    with contextlib.suppress(Exception):  # tracing fails in as many ways as there are networks
+    """The network as a torch.fx graph; None, with a warning, where that fails or gives other
+    logits."""
+    with contextlib.suppress(Exception):  # it fails in as many ways as there are networks
         traced = torch.fx.GraphModule(model, Tracer().trace(model))
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced
-    warn("torch.fx cannot trace this network; every variant takes a full pass")
+    warn("torch.fx cannot record this network's forward pass, so every changed network takes one")
     return None
 
 
@@ -1610,19 +1612,19 @@ def open_folder(folder, names):
     files that the stage writes. Raises BadInput if another process holds it."""
     check_own(folder, names)
     folder.mkdir(parents=True, exist_ok=True)
-    hold(folder)
+    lock(folder)
     for name in names:  # what a kill left half-written
         for path in folder.glob(f".{name}.new"):
             path.unlink()
 
 
-def hold(folder):
+def lock(folder):
     """Lock a folder until this process ends. Raises BadInput if another process holds it."""
     if fcntl is not None:
         # Never closed and never written to. Unlike flock, lockf is not inherited by workers
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise BadInput(
                 f"{folder} is in use by another process; wait for it, or use another folder"

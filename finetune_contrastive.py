@@ -125,9 +125,9 @@ def parse_args(argv=None):
         "--lam",
         type=common.number(float, 0),
         default=0.2,
-        help="lambda of eq. 2.3. It weighs the sum over the batch, as the code's squared error, "
-        "which is commented out, would; for the mean, as eq. 2.3 reads, divide it by the batch "
-        "size (0.2)",
+        help="lambda of eq. 2.3. It multiplies the squared error summed over the batch, as in a "
+        "line of the released code that is commented out. To weigh the mean over the batch, as eq. "
+        "2.3 is written, divide it by the batch size (0.2)",
     )
     g = p.add_argument_group("training")
     g.add_argument(

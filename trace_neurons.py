@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also for python -P
 import common
 from common import BadInput, change, short
 
-FEW_IMAGES = 2  # critical neurons must cost over so many images more than random ones' mean
+FEW_IMAGES = 2  # critical neurons must cost over so many images more than random ones on average
 FIGURES = (
     "fig02_zero.png",
     "fig03_ranks.png",
@@ -78,8 +78,9 @@ def parse_args(argv=None):
         "--controls",
         type=common.number(int, 0, 10**6),
         default=40,
-        help="so many random sets of neurons from all layers, and for each critical set so many "
-        "more from that set's layers; 0: none, else at least 39, for their 95 %% range (40)",
+        help="random sets of neurons: so many drawn from all layers, and for each critical set so "
+        "many drawn from that set's layers. 0 makes none; fewer than 39 give no 95 %% range and "
+        "are refused (40)",
     )
     args = p.parse_args(argv)
     if 0 < args.controls < 39:

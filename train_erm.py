@@ -99,9 +99,9 @@ def parse_args(argv=None):
         type=common.positive_int,
         nargs="*",
         metavar="N",
-        help="keep epoch_NNN.pt after N epochs, for stage 4, which starts at 40 %% of all; that "
-        "one is always kept, but where a larger --epochs comes too late for it (30 40 50 60; 3 4 5 "
-        "6)",
+        help="keep epoch_NNN.pt after these epochs, as starts for stage 4. The one at 40 %% of "
+        "--epochs is always kept, unless the run was past it when a larger --epochs was given (30 "
+        "40 50 60; 3 4 5 6)",
     )
     g.add_argument(
         "--seed",

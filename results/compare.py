@@ -135,7 +135,7 @@ def main(args):
         raise BadInput(f"--figure {args.figure}: expected a name that ends in .png, .pdf or .svg")
 
     if args.add or args.write:
-        common.hold(HERE)
+        common.lock(HERE)
     if args.runs:
         found, shown = read_runs(args.runs)
         warn_of_differences(shown)

@@ -107,7 +107,7 @@ def test_celebas_lists(tmp_path, form, images, lists):
     with pytest.raises(BadInput, match=r"do not join: 2 images .*000003.jpg, 999999.jpg"):
         read_table(tmp_path)
     path.unlink()
-    with pytest.raises(BadInput, match=r"holds neither metadata\*.csv nor list_attr_celeba and"):
+    with pytest.raises(BadInput, match=r"holds no list_eval_partition.txt or .csv, nor a metadata"):
         read_table(tmp_path)
 
 

@@ -45,23 +45,7 @@ STAGES = {
 BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
-PLACES = {
-    "run",
-    "name",
-    "data",
-    "checkpoint",
-    "kick_in",
-    "before",
-    "after",
-    "masks",
-    "n",
-    "seed",
-    "device",
-    "workers",
-    "deterministic",
-    "overwrite",
-    "keep_epochs",
-}
+PLACES = {*common.NOT_SETTINGS, "before", "after", "masks", "n", "seed"} - {"attributes", "weights"}
 # Flags of earlier versions, and what runs do that lack them
 GONE = {
     "difficulty": 0.2,

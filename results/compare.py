@@ -46,16 +46,6 @@ BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run share
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
 PLACES = {*common.NOT_SETTINGS, "before", "after", "masks", "n", "seed"} - {"attributes", "weights"}
-# Flags of earlier versions, and what runs do that lack them
-GONE = {
-    "difficulty": 0.2,
-    "head": "linear",
-    "erm_head": "linear",
-    "features": "probs",
-    "aux_bn": "own",
-    "lam_reduction": "sum",
-    "select": "val-wga",
-}
 ARMS = {  # name of a run: what of Table 12, or its control, it is
     "finetune": "largest magnitude masked",
     "gradient": "largest gradient masked",
@@ -410,7 +400,7 @@ def default_settings(stage):
     """What a run of a stage does whose version did not know a setting; without those whose default
     depends on the data."""
     settings = compared(common.plain(STAGES[stage].parse_args([])))
-    return {**GONE, **{key: value for key, value in settings.items() if value is not None}}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def warn_of_differences(records):

@@ -1271,7 +1271,7 @@ def trace_graph(model, x):
         traced = torch.fx.GraphModule(model, Tracer().trace(model))
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced
-    warn("torch.fx cannot record this network's forward pass, so every changed network takes one")
+    warn("torch.fx cannot follow this network, so every changed network takes a full pass")
     return None
 
 

@@ -685,17 +685,32 @@ def check_finite_weights(model):
             raise ValueError(f"{name} has a weight that is not a finite number")
 
 
+# What every checkpoint holds; last.pt holds also what a training stage needs to go on
+CHECKPOINT = [
+    "model",
+    "arch",
+    "n_classes",
+    "classes",
+    "size",
+    "mean",
+    "std",
+    "epoch",
+    "data",
+    "args",
+    "erm",
+]
+
+
 def load_checkpoint(path, advice="train_erm.py and finetune_contrastive.py make such checkpoints"):
     """What a training stage wrote, on the CPU. Raises BadInput if it is missing, damaged or
     foreign."""
     with reading(path, advice):
         checkpoint = load_tensors(path)
-        keys = "model arch n_classes classes size mean std epoch data args"
-        missing = [key for key in keys.split() if key not in checkpoint]
+        # The ERM training that it comes from, which an older version did not name
+        checkpoint.setdefault("erm", {"id": None, "settings": checkpoint.get("args")})
+        missing = [key for key in CHECKPOINT if key not in checkpoint]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        # The ERM training that it comes from, which an older version did not name
-        checkpoint.setdefault("erm", {"id": None, "settings": checkpoint["args"]})
         return checkpoint
 
 
@@ -1787,8 +1802,7 @@ def begin(folder, args, names, last, **inputs):
     files = {"args.json": run_record(folder.name, args, **inputs)}
     if last is not None and selected(last["log"])["epoch"] == last["epoch"]:
         # A kill may have come between last.pt and best.pt
-        more = ("optimizer", "scheduler", "log", "masked")
-        files["best.pt"] = {key: value for key, value in last.items() if key not in more}
+        files["best.pt"] = {key: last[key] for key in CHECKPOINT}
     write(folder, files)
 
 
@@ -1851,11 +1865,12 @@ def in_one_line(error):
     if isinstance(error, (BadInput, OSError)):
         return str(error)
     advice = "try a smaller --batch-size or --workers 0"
-    for line in str(error).splitlines():
-        if isinstance(error, RuntimeError) and "deterministic" in line:
-            return f"{line[:200]}; leave --deterministic out"
-        if isinstance(error, RuntimeError) and re.search(LIMITS, line):
-            return f"{line[:200]}; {advice}"
+    if isinstance(error, RuntimeError):
+        for line in str(error).splitlines():
+            if "deterministic" in line:
+                return f"{line[:200]}; leave --deterministic out"
+            if re.search(LIMITS, line):
+                return f"{line[:200]}; {advice}"
     if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
         return f"out of memory; {advice}"
     return None

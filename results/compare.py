@@ -5,9 +5,10 @@
     python results/compare.py runs/wb* --add --write    # into numbers.jsonl and into the report
 
 A cell is the mean over run folders +- the sample standard deviation (n). Gains are paired by run
-folder and carry the 95 % t-interval of their mean. "ERM continued" is the run of --method erm, and
-"random" that of --criterion random, in the same run folder with the same start, epochs, learning
-rate, batch size, augmentation and seed. A copy of a run, and a run of the same settings and seed as
+folder and have the 95 % t-interval of their mean, [low, high] (n), instead. "ERM continued" is the
+run of --method erm, and "random" that of --criterion random, in the same run folder with the same
+start, epochs, learning rate, batch size, augmentation and seed; "finetune" is the run of that name
+in it, whatever its start and epochs. A copy of a run, and a run of the same settings and seed as
 another, count once. Data are known by their labels, wherever they lie.
 Tracing: each group under the neurons selected by it; Matrix: every group under every set. Reads
 results.json and args.json of the stages; writes Figure 6.
@@ -566,15 +567,7 @@ def interval(values):
 
 
 def with_interval(values):
-    """Of differences, with the 95 % t-interval of their mean."""
-    if len(values) < 2:
-        return signed(values)
-    low, high = interval(values)
-    return f"{signed(values)} [{low:+.1f}, {high:+.1f}]"
-
-
-def mean_interval(values):
-    """The same in fewer characters, and without a sign."""
+    """Mean with its 95 % t-interval (n)."""
     if not values:
         return "-"
     spread = ""
@@ -616,15 +609,20 @@ def accuracies(shown, *_):
 
 def differences(shown, found, _):
     tuned = of_stage(shown, "finetune")
-    best = {}  # of ERM, by data and run folder: what the paper compares with
-    for run in of_stage(found, "erm"):
-        best[data_of(run), run["run"]] = worst(run)
+    # By data and run folder: what the paper compares the method with, and its other settings with
+    best = {(data_of(run), run["run"]): worst(run) for run in of_stage(found, "erm")}
+    default = {}
+    for run in of_stage(found, "finetune"):
+        if run["name"] == "finetune":
+            default[data_of(run), run["run"]] = worst(run)
     for run in tuned:
+        beside = data_of(run), run["run"]
         yield data_of(run), run["name"], "worst group", worst(run)
         yield data_of(run), run["name"], "minus before", worst(run) - worst(run, "before")
-        if (data_of(run), run["run"]) in best:
-            more = worst(run) - best[data_of(run), run["run"]]
-            yield data_of(run), run["name"], "minus ERM's best", more
+        if beside in best:
+            yield data_of(run), run["name"], "minus ERM's best", worst(run) - best[beside]
+        if beside in default and run["name"] != "finetune" and run["settings"]["method"] != "erm":
+            yield data_of(run), run["name"], "minus finetune", worst(run) - default[beside]
     for column, (key, value) in CONTROLS.items():
         control = controls(found, key, value)
         for run in tuned:
@@ -670,6 +668,7 @@ def table_lines(shown, _, stage):
 GAINS = {  # fine-tuning and what it is compared with: the claim that rests on it
     ("finetune", "minus before"): "9: largest magnitude masked, minus its start",
     ("finetune", "minus ERM's best"): "9: largest magnitude masked, minus ERM's best epoch",
+    ("gradient", "minus ERM's best"): "9: largest gradient masked, minus ERM's best epoch",
     ("finetune", "minus ERM continued"): "9: largest magnitude masked, minus ERM continued",
     ("gradient", "minus ERM continued"): "9: largest gradient masked, minus ERM continued",
     ("supervised", "minus ERM continued"): "9: squared error alone, minus ERM continued",
@@ -740,7 +739,7 @@ TABLES = {  # what is averaged, how its mean is written, what it is
     "trace": (table_lines, signed, "change in accuracy in points"),
     "structured": (table_lines, cell, "minorities' change, share of it and mean of all layers"),
     "gradcam": (table_lines, signed, "focus on the object, after minus before, points"),
-    "claims": (claims, mean_interval, "what the verdicts rest on, in points, mean [95 %] (n)"),
+    "claims": (claims, with_interval, "what the verdicts rest on, in points, mean [95 %] (n)"),
 }
 
 

@@ -91,8 +91,9 @@ def test_t_quantiles_and_intervals():
     for df, known in ((39, 30), (59, 40), (119, 60), (999, 120), (10**6, 1000)):
         assert compare.t_quantile(df) == compare.T_QUANTILES[known]
     # 2.776 * 1.5811 / sqrt(5) = 1.963
-    assert compare.with_interval([1, 2, 3, 4, 5]) == "+3.0 +- 1.6 (5) [+1.0, +5.0]"
+    assert compare.with_interval([1, 2, 3, 4, 5]) == "3.0 [1.0, 5.0] (5)"
     assert compare.with_interval([-1.26]) == "-1.3 (1)"
+    assert compare.with_interval([]) == "-"
     assert compare.cell([]) == "-"
 
 
@@ -109,17 +110,21 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
         put(run / "other-start", 0.9, before, {"start_epoch": 8}, method="erm")
     put(alone / "finetune", 0.9, 0.8)
     put(alone / "erm", 0.2, result={"stage": "erm"})
+    put(r0 / "lam1", 0.1, 0.2, epochs=9)
     gains = table("differences", r0, r1, alone)
     assert "r1: two runs of criterion random; random is taken" in capsys.readouterr().err
     assert gains[DATA, "finetune"][1:] == [
-        "+20.0 +- 10.0 (3) [-4.8, +44.8]",  # minus before
-        "+70.0 (1)",  # minus the best epoch of ERM, which `alone` has beside it
-        "+15.0 +- 7.1 (2) [-48.5, +78.5]",  # minus ERM: 20 and 10; 12.706 * 7.07 / sqrt(2) = 63.5
-        "+5.0 +- 7.1 (2) [-58.5, +68.5]",  # minus random
+        "20.0 [-4.8, 44.8] (3)",  # minus before
+        "-",  # minus finetune, which it is
+        "70.0 (1)",  # minus the best epoch of ERM, which `alone` has beside it
+        "15.0 [-48.5, 78.5] (2)",  # minus ERM: 20 and 10; 12.706 * 7.07 / sqrt(2) = 63.5
+        "5.0 [-58.5, 68.5] (2)",  # minus random
     ]
-    assert gains[DATA, "control"][2:] == ["-", "-", "-"]
+    assert gains[DATA, "control"][2:] == ["-", "-", "-", "-"]
+    assert gains[DATA, "random"][2] == "-5.0 [-68.5, 58.5] (2)"  # minus finetune: -10 and 0
+    assert gains[DATA, "lam1"] == ["10.0 (1)", "-10.0 (1)", "-40.0 (1)", "-", "-", "-"]
     (alone_in_r0,) = table("differences", r0 / "finetune").values()  # its controls lie beside it
-    assert alone_in_r0 == ["50.0 (1)", "+30.0 (1)", "+20.0 (1)", "+10.0 (1)"]
+    assert alone_in_r0 == ["50.0 (1)", "30.0 (1)", "20.0 (1)", "10.0 (1)"]
     rows = table("wga", r0, r1, alone)
     assert rows[DATA, "before: best.pt"][0].endswith("(5)")  # two starts in r0 and r1
     assert rows[DATA, "ERM, selected epoch"] == ["20.0 (1)", "70.0 (1)", "90.0 (1)"]
@@ -245,7 +250,7 @@ def test_folders_that_are_not_ours_and_links(tmp_path, capsys):
     (tmp_path / "r/tool").mkdir()
     (tmp_path / "r/tool/results.json").write_text("{}")
     cells = table("differences", tmp_path / "r/finetune")
-    assert cells[DATA, "finetune"][2] == "+10.0 (1)"  # minus ERM's best
+    assert cells[DATA, "finetune"][2] == "10.0 (1)"  # minus ERM's best
     assert "tool/results.json is not of this project" in capsys.readouterr().err
 
 
@@ -466,9 +471,9 @@ def test_traces_are_averaged_where_they_are_alike(tmp_path):
     channels = f"{DATA}, channels"
     assert rows[channels, "Table 3: magnitude zero top 1"] == ["-15.0 +- 7.1 (2)", "-"]
     row = "Control: random ones of all layers in place of gradient"
-    assert rows[channels, row] == ["-", "-1.0 +- 0.0 (2) [-1.0, -1.0]"]
+    assert rows[channels, row] == ["-", "-1.0 [-1.0, -1.0] (2)"]
     row = "Control: gradient minus random ones of all layers"
-    assert rows[channels, row] == ["-", "-3.0 +- 0.0 (2) [-3.0, -3.0]"]
+    assert rows[channels, row] == ["-", "-3.0 [-3.0, -3.0] (2)"]
 
 
 @pytest.fixture

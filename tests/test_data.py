@@ -134,6 +134,11 @@ def test_counts_and_minorities_of_real_sets(name, counts, minorities):
         assert names_of(table)[1] == "landbird on water"
 
 
+def test_half_of_the_largest_group_is_no_minority():
+    groups = common.describe_groups(["a"], ["x", "y", "z"], [10, 5, 4])
+    assert [group["minority"] for group in groups] == [False, False, True]
+
+
 def test_names_of_waterbirds_are_given_to_its_own_counts_alone(tmp_path, monkeypatch):
     """Not to file names or columns as Waterbirds has them: y and place may stand the other way
     round. Words are never replaced."""
@@ -206,6 +211,13 @@ def test_drawn_birds(birds, tmp_path, monkeypatch):
     first = (folder / "train/00007.bmp").read_bytes()
     assert (tmp_path / "again/train/00007.bmp").read_bytes() == first
     assert (tmp_path / "hard/train/00007.bmp").read_bytes() != first
+
+
+def test_no_bird_is_in_two_splits(birds, tmp_path, monkeypatch):
+    """Two birds of one group in each split, which are six pictures."""
+    monkeypatch.setattr(common, "WATERBIRDS", 3 * [[2, 0, 0, 0]])
+    birds.draw_set(tmp_path / "birds", 0.2)
+    assert len({path.read_bytes() for path in (tmp_path / "birds").glob("*/*.bmp")}) == 6
 
 
 # ---- tables as people write them ----
@@ -489,6 +501,10 @@ def test_the_evaluation_transform(tmp_path, workers):
     (again, *_), (other_again, *_) = batches
     assert torch.equal(x, again)
     assert torch.equal(other, other_again)
+
+
+def test_the_built_in_sets_size_is_rounded():
+    assert make_transform(40).transforms[0].size == [46, 46]  # 40 * 256 / 224 is 45.7
 
 
 def test_table_1():

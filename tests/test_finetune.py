@@ -324,6 +324,39 @@ def test_a_run_and_its_extension(run, monkeypatch):
     assert (other / "masked.csv").read_text() == (folder / "masked.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    "losses,rates",
+    [
+        ([1.0, 1.0, 1.0, 1.0], [0.01, 0.01, 0.01, 0.005]),
+        ([4.0, 3.0, 2.0, 1.0], [0.01, 0.01, 0.01, 0.01]),
+    ],
+)
+def test_learning_rate_is_halved_on_a_plateau_alone(run, monkeypatch, losses, rates):
+    """Section 4.1: a factor of 0.5 after more than one epoch in which the loss does not fall."""
+    of_epochs = iter(losses)
+    monkeypatch.setattr(common, "check_finite", lambda *args: next(of_epochs))
+    folder = finetune(run, "plateau", "--method erm --epochs 4 --lr 0.01")
+    assert [row["lr"] for row in content(folder)[1][1:]] == rates
+
+
+def test_worst_images_are_those_of_the_network_as_it_is(run, monkeypatch):
+    """At the start of every epoch, and not those of the start of the stage."""
+    seen = []
+    critical_neurons = stage.critical_neurons
+
+    def spy(model, weights, images, logits, args, epoch):
+        with common.evaluating(model), torch.no_grad():
+            expected = torch.cat([model(x) for x, *_ in common.Batches(images)])
+        assert torch.allclose(logits, expected, atol=1e-4)
+        seen.append(logits)
+        return critical_neurons(model, weights, images, logits, args, epoch)
+
+    monkeypatch.setattr(stage, "critical_neurons", spy)
+    finetune(run, "worst", "--epochs 2 --lr 0.01")
+    assert len(seen) == 2
+    assert not torch.allclose(*seen, atol=1e-2)
+
+
 @pytest.mark.parametrize("views", ["two", "one"])
 def test_epochs_by_hand(run, views):
     """Two steps of Adam an epoch with the summed gradients of a network and a copy, in which the
@@ -419,7 +452,13 @@ def test_where_it_starts(run, capsys):
     assert start() == "best.pt"
     assert "has not kept epoch 1, 40 % of its epochs; using best.pt" in capsys.readouterr().err
     record = common.read_json(run / "erm/args.json")
-    record["args"]["epochs"] = 30  # as if it were extended so far
+    record["args"]["epochs"] = 8  # as if it were extended so far
+    common.write(run / "erm", {"args.json": record})
+    assert start() == "epoch_003.pt"  # 3.2, rounded down
+    short = finetune(run, "short", "--kick-in 3 --prune-fraction 0.01")
+    settings = common.read_json(short / "args.json")["args"]
+    assert (settings["epochs"], settings["lr"]) == (4, 2e-4)  # a fifth would be one
+    record["args"]["epochs"] = 30
     common.write(run / "erm", {"args.json": record})
     finetune(run, "long", "--kick-in 3 --prune-fraction 0.01")
     assert common.read_json(run / "long/args.json")["args"]["epochs"] == 6  # a fifth

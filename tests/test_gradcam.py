@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,46 @@ def test_controls_by_hand():
     assert [k for k in old if not torch.equal(old[k], new[k])] == ["fc.weight", "fc.bias"]
 
 
+def test_rows_of_focus_by_hand():
+    """Means and the ends of their intervals, mass before pointing, as `focus` gives them."""
+    values = torch.tensor([[0.2, 1.0], [0.4, 0.0]])
+    groups = [{"group": 0, "name": "a", "minority": True}]
+    (row,) = gradcam.focus_rows(
+        {"erm": values}, torch.ones(2), torch.tensor([0, 0]), groups, "erm", [], 0
+    )
+    assert (row["mass"], row["mass_low"], row["mass_high"]) == (0.3, 0.2, 0.4)
+    assert (row["pointing"], row["pointing_low"], row["pointing_high"]) == (0.5, 0, 1)
+
+
+@pytest.mark.parametrize("n,shown", [(1, [1]), (3, [1, 1, 2, 2]), (4, [1, 1, 2, 2])])
+def test_images_are_of_the_minorities(n, shown):
+    split = SimpleNamespace(g=torch.arange(40) % 4)
+    groups = common.describe_groups(["a", "b"], ["x", "y"], [24, 9, 8, 24])
+    index = gradcam.choose_images(split, groups, n, 0)
+    assert split.g[index].tolist() == shown
+
+
+def test_the_class_that_is_explained():
+    """Each image's own, the one that the network predicts, or a fixed one."""
+    model = network()
+    x = pictures()
+    predicted = model(x).argmax(1)
+    y = 1 - predicted
+    for target, expected in (("label", y), ("predicted", predicted), ("1", 1)):
+        found, _ = gradcam.explain(model, x, y, "layer3.0.conv1", target)
+        assert torch.equal(found, grad_cam(model, x, "layer3.0.conv1", expected)[0])
+    assert not torch.equal(*[grad_cam(model, x, "layer3.0.conv1", c)[0] for c in (y, predicted)])
+
+
+def test_wrong_predictions_are_marked():
+    says = {"predicted": 1, "confidence": 0.9, "empty": False}
+    images = [{"caption": "G1", "label": y, "networks": {"erm": says}} for y in (0, 1)]
+    shown = {"erm": (torch.rand(2, 8, 8), None)}
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    fig = gradcam.plot_images(x, shown, images, None, ["a", "b"], "heading")
+    assert [ax.get_xlabel() for ax in fig.axes[2:4]] == ["b 90 %\n(wrong)", "b 90 %"]
+
+
 def test_the_intervals_cover_95_percent():
     """1,000 data sets of a skewed quantity whose mean is known."""
     generator = torch.Generator().manual_seed(0)
@@ -293,8 +334,17 @@ def draw(run, more):
     return json.loads((run / "gradcam/results.json").read_text())
 
 
-def test_a_run_with_masks(run, capsys):
+def test_a_run_with_masks(run, monkeypatch, capsys):
+    replaced = []
+    random_head = gradcam.random_head
+
+    def spy(model, seed):
+        replaced.append(common.fingerprint_of(model))
+        return random_head(model, seed)
+
+    monkeypatch.setattr(gradcam, "random_head", spy)
     results = draw(run, f"--masks {run}/masks --n 4")
+    assert replaced == [results["networks"]["erm"]]  # the control is the earlier network's
     assert "1 of 20 images have no mask" in capsys.readouterr().err
     assert [row["label"] for row in results["images"]] == [0, 0, 1, 1]  # G1*, G1*, G2*, G2*
     for row in results["images"]:  # the reversed head says the opposite, as surely

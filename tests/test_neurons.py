@@ -112,6 +112,19 @@ def test_worst_images_by_hand():
     assert drawn == {(2, 4), (2, 5), (4, 5)}
 
 
+def test_worst_images_as_in_section_4():
+    """128 drawn from the 256 of highest cross entropy."""
+    y = torch.zeros(600, dtype=torch.int64)
+    logits = torch.stack([torch.zeros(600), torch.arange(600.0)], dim=1)
+    drawn = set()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        found = common.worst_images(logits, y, torch.arange(600), generator).tolist()
+        assert len(set(found)) == 128
+        drawn.update(found)
+    assert drawn == set(range(600 - 256, 600))
+
+
 # ---- what a neuron is ----
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import TensorDataset
@@ -328,6 +329,34 @@ def test_counts_of_the_layers(traced, critical):
         assert_counts(row, model, changed(model, chosen, "zero", 0, 0, unit), splits["train"])
         points = 100 * (int(row["correct_after"]) - int(row["correct_before"])) / int(row["n"])
         assert float(row["change_percent"]) == pytest.approx(points, abs=1e-4)
+    # Of a group's own gradient, on its own images
+    x, y, g = splits["train"]
+    for j in range(4):
+        loss = F.cross_entropy(model(x[g == j]), y[g == j])
+        v = torch.autograd.grad(loss, list(weights.values()))
+        gradients = dict(zip(weights, v, strict=True))
+        rows = pick(read(folder / "structured/layers.csv"), criterion="gradient", group=str(j))
+        assert len(rows) == len(weights)
+        for row in rows[::3]:
+            chosen = largest({row["parameter"]: gradients[row["parameter"]]}, 3, unit)
+            assert row["selected_by"] == str(j)
+            assert_counts(row, model, changed(model, chosen, "zero", 0, 0, unit), splits["train"])
+
+
+@pytest.mark.parametrize("traced", ["test_resnet"], indirect=True)
+def test_random_neurons_of_the_layers(traced):
+    """The mean of several sets, which are not one and the same."""
+    _, _, folder = traced
+    rows = pick(read(folder / "structured/layers.csv"), criterion="random")
+    summary = common.read_json(folder / "structured/results.json")["summary"]["random"]
+    changes = {}
+    for row in rows:
+        changes.setdefault(row["group"], []).append(float(row["change_percent"]))
+    for j, of_group in changes.items():
+        assert summary["groups"][int(j)]["mean"] == pytest.approx(np.mean(of_group))
+    of_layers = {(row["parameter"], row["group"]) for row in rows}
+    different = {(row["parameter"], row["group"], row["change_percent"]) for row in rows}
+    assert len(different) > len(of_layers)
 
 
 def test_changes(traced):
@@ -366,7 +395,81 @@ def test_figures(traced):
             assert np.asarray(image.convert("L")).std() > 5, path
 
 
-def compared(observed, null, same_layers, k=3):
+def test_figure_2_by_hand():
+    """A panel a criterion, of each group under its own neurons, in points."""
+    rows = []
+    for j, after in enumerate((9, 5)):
+        row = {
+            "criterion": "magnitude",
+            "modification": "zero",
+            "sigma": "",
+            "k": 1,
+            "split": "train",
+            "selected_by": "all",
+            "group": j,
+            "n": 10,
+            "correct_before": 10,
+            "correct_after": after,
+        }
+        own = {**row, "criterion": "gradient", "selected_by": j, "correct_after": after - 1}
+        other = {**own, "selected_by": 1 - j, "correct_after": 0}
+        rows += [row, own, other, {**row, "split": "test", "correct_after": 0}]
+    args = SimpleNamespace(top_k=[1], repeats=1)
+    magnitude, gradient = trace_neurons.plot_changes(rows, GROUPS[:2], args, "zero", [""]).axes
+    assert magnitude.get_title() == "magnitude"
+    assert [bar.get_height() for bar in magnitude.containers[0]] == [-10, -50]
+    assert gradient.get_title() == "gradient"
+    assert [bar.get_height() for bar in gradient.containers[0]] == [-20, -60]
+
+
+def test_figure_7_by_hand():
+    """As dark as the change is large; a rise is marked."""
+    heat = {"magnitude": np.array([[-5.0, 3.0]]), "random": np.zeros((1, 2))}
+    ax, *_ = structured_trace.plot_heat(heat, ["a", "b"], GROUPS[:1], 3).axes
+    (rise,) = ax.texts
+    assert (rise.get_text(), rise.get_position()) == ("+", (1, 0))
+    assert ax.images[0].get_array().tolist() == [[5, 3]]
+
+
+@pytest.mark.parametrize(
+    "script,file,counts",
+    [
+        (trace_neurons, "trace/accuracy.csv", {"train": [4, 9, 8, 4], "test": [4, 4, 4, 4]}),
+        (structured_trace, "structured/layers.csv", {None: [4, 9, 8, 4]}),
+    ],
+)
+def test_images_that_are_counted(on_planted, tmp_path, script, file, counts):
+    """Minorities are counted whole in training, and in test like the others."""
+    trace(script, tmp_path, "--max-per-group 4")
+    found = {}
+    for row in pick(read(tmp_path / file), criterion="magnitude"):
+        found.setdefault(row.get("split"), set()).add((row["group"], row["n"]))
+    for split, of_groups in counts.items():
+        assert found[split] == {(str(j), str(n)) for j, n in enumerate(of_groups)}
+
+
+def test_random_sets_by_hand():
+    """Of one kind from all neurons; of the other with as many from each layer as the critical set
+    has among its first three; no neuron twice in a set, and another set every time."""
+    ranked = {("gradient", 1): [("a", 0), ("a", 1), ("b", 4), ("c", 0)]}
+    args = SimpleNamespace(seed=0, controls=40)
+    counts = {"a": 5, "b": 50, "c": 500}
+    drawn = {}
+    for planned in trace_neurons.random_sets(args, ranked, 3, counts, [1, 2]):
+        kind = (planned["row"]["selected_by"], tuple(planned["groups"]))
+        drawn.setdefault(kind, []).append(tuple(planned["variant"]["neurons"]))
+    assert [*drawn] == [("all layers", (1, 2)), ("layers of gradient 1", (1,))]
+    for sets in drawn.values():
+        assert len(sets) == 40
+        assert len(set(sets)) > 30
+        for neurons in sets:
+            assert len(set(neurons)) == 3
+            assert all(index < counts[layer] for layer, index in neurons)
+    for neurons in drawn["layers of gradient 1", (1,)]:
+        assert [layer for layer, _ in neurons] == ["a", "a", "b"]
+
+
+def compared(observed, null, same_layers, k=3, n=100):
     """What control_test says of magnitude's set and the two kinds of random ones, by images."""
     rows = []
 
@@ -379,7 +482,7 @@ def compared(observed, null, same_layers, k=3):
                 "selected_by": selected_by,
                 "split": "train",
                 "group": 1,
-                "n": 100,
+                "n": n,
                 "correct_before": 80,
                 "correct_after": 80 + gained,
             }
@@ -407,6 +510,9 @@ LOSE = [-20] * 40
         (-30, OFTEN, NULL, False),
         (-5, NULL, NULL, False),
         (30, NULL, NULL, False),
+        # As rare as it has to be, with p = 2 / 40, and not quite, with p = 3 / 41
+        (-30, [-31, *[0] * 38], [-31, *[0] * 38], True),
+        (-30, [-31, -31, *[0] * 38], [-31, -31, *[0] * 38], False),
         # Rare, but within 2 images of what random ones lose: where they gain, of none
         (-2, GAIN, GAIN, False),
         (-3, GAIN, GAIN, True),
@@ -424,6 +530,12 @@ def test_verdict(observed, null, same_layers, more):
         assert test["group"] == 1
         assert test["images"] == observed
         assert test["more"] == more
+
+
+def test_the_verdict_is_by_images_and_not_by_points():
+    """20 of 1,000 images are 2 points: the loss of 22 images is two more, and not twenty."""
+    assert [test["more"] for test in compared(-22, LOSE, LOSE, n=1000)] == [False, False]
+    assert [test["more"] for test in compared(-23, LOSE, LOSE, n=1000)] == [True, True]
 
 
 def test_p_values_and_printed_ranges_under_the_null():
@@ -483,6 +595,13 @@ def test_percentiles_by_hand():
     for place in (10, 95, 99.5):
         rows.append({"criterion": "magnitude", "gradient_percentile": place})
         rows.append({"criterion": "gradient", "magnitude_percentile": 94.9})
+    scores = {
+        ("magnitude", 1): {"a": torch.tensor([1.0, 2.0, 3.0])},
+        ("gradient", 1): {"a": torch.tensor([7.0, 9.0, 8.0])},
+    }
+    (row,) = trace_neurons.neuron_table({("gradient", 1): [("a", 1)]}, scores)
+    assert row["score"] == 9
+    assert (row["gradient_percentile"], row["magnitude_percentile"]) == (100, 50)
     shares = trace_neurons.rank_shares(rows)
     (share,) = pick(shares, criterion="magnitude")
     assert share == {"criterion": "magnitude", "by": "gradient", "n": 3, "upper": 2, "median": 95}
@@ -495,6 +614,9 @@ def test_the_summary_of_layers_by_hand():
     summary = structured_trace.summarize_layers(heat, ["a", "b", "c"], GROUPS)
     assert summary["groups"][1] == {"group": 1, "mean": -5 / 3, "largest": -10, "layer": "a"}
     assert summary["thirds"] == {"first": 10 / 15, "middle": 0, "last": 5 / 15}  # G3 is no minority
+    heat[2, 0] = 10  # a rise does not make up for a drop
+    summary = structured_trace.summarize_layers(heat, ["a", "b", "c"], GROUPS)
+    assert summary["thirds"] == {"first": 20 / 25, "middle": 0, "last": 5 / 25}
     nothing = structured_trace.summarize_layers(0 * heat, ["a", "b", "c"], GROUPS)
     assert nothing["thirds"] is None
 

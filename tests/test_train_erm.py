@@ -150,6 +150,18 @@ def test_figures_show_something(erm_run):
         assert len(picture.getcolors(1 << 20)) > 20
 
 
+def test_figure_1_by_hand():
+    """Training beside test, each with its own accuracy."""
+    splits = {}
+    for split, accuracy in (("train", 0.75), ("test", 0.5)):
+        group = {"group": 0, "name": "a", "n": 4, "minority": True, "acc": accuracy}
+        splits[split] = {"groups": [group]}
+    (ax,) = train_erm.plot_gap({"splits": splits, "selected_epoch": 1}).axes
+    bars = [(bars.get_label(), bars[0].get_height()) for bars in ax.containers]
+    assert bars == [("train", 75), ("test", 50)]
+    assert ax.get_xticklabels()[0].get_text().startswith("G0*\na")
+
+
 def test_terms_below_zero_are_drawn():
     """A term that somebody adds may be a bonus; and a curve may be of one epoch alone."""
     report = common.group_report(
@@ -196,6 +208,14 @@ def test_learning_rate_is_halved_on_a_plateau(train, tmp_path, monkeypatch):
     train("--epochs 6")
     log = common.load_checkpoint(tmp_path / "run/erm/last.pt")["log"]
     assert [row["lr"] for row in log] == [0.01] * 5 + [0.005]
+
+
+def test_learning_rate_stays_while_the_loss_falls(train, tmp_path, monkeypatch):
+    of_epochs = iter([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    monkeypatch.setattr(common, "check_finite", lambda *args: next(of_epochs))
+    train("--epochs 6")
+    log = common.load_checkpoint(tmp_path / "run/erm/last.pt")["log"]
+    assert [row["lr"] for row in log] == [0.01] * 6
 
 
 def test_half_precision_is_near_full_precision(train, erm_run, tmp_path):
@@ -377,3 +397,14 @@ def test_defaults_are_those_of_the_paper(erm_run, tmp_path, monkeypatch):
     train_erm.main(args)
     assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet50", 224, 100, 256)
     assert (args.lr, args.augment) == (1e-4, "table1")
+    assert args.keep_epochs == [30, 40, 50, 60]
+
+
+def test_defaults_of_the_built_in_set(erm_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "earlier_run", lambda *args, **kwargs: (None, True))
+    monkeypatch.setattr(common, "is_built_in", lambda _: True)
+    args = train_erm.parse_args(["--data", str(erm_run / "data"), "--run", str(tmp_path)])
+    train_erm.main(args)
+    assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet10", 40, 10, 128)
+    assert (args.lr, args.augment) == (3e-4, "crop-flip")
+    assert args.keep_epochs == [3, 4, 5, 6]

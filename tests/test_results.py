@@ -247,7 +247,7 @@ def test_rows_of_grad_cam_that_are_differences(capsys):
 
 
 def test_layers_by_hand():
-    """Shares in %, mean changes of the minorities, and what a criterion has more than random ones."""
+    """Shares in %, means of the minorities, and what a criterion has more than random neurons."""
     summary = {}
     for criterion, mean in (("gradient", -4.0), ("random", -1.0)):
         summary[criterion] = {

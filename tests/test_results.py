@@ -643,6 +643,7 @@ def test_front_page_and_numbers_agree():
         "ERM (ordinary training), best epoch": "ERM, selected epoch",
         "ERM continued from the start of the method": "erm-continued",
         "the method (largest magnitude masked)": "finetune",
+        "the method with the largest gradient masked": "gradient",
         "random neurons masked instead": "random",
     }
     records = compare.independent(compare.read_store(ROOT / "results/numbers.jsonl"))

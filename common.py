@@ -54,10 +54,6 @@ except ImportError:  # Windows has neither, so nothing is locked there
 class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, what to do."""
 
-    def __init__(self, message):
-        # A worker of the DataLoader hands over a whole traceback, which ends with the message.
-        super().__init__(message.rpartition("BadInput: ")[2].strip())
-
 
 def warn(message):
     """Say something on stderr that the user should know but that does not stop the run."""
@@ -138,7 +134,7 @@ class Table:
 
 def is_built_in(table):
     """Whether the table is that of the built-in set."""
-    return os.path.realpath(table.source) == str(BIRDS / "metadata.csv")
+    return os.path.realpath(table.source) == os.path.realpath(BIRDS / "metadata.csv")
 
 
 def read_table(data, attributes=None):
@@ -332,20 +328,22 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
 
 def locate_images(folders, files):
     """Where the images lie: the folder to which all files are relative, and the files in it. It is
-    looked for in the folders, then in the working directory. Full paths, and those that lead out of
-    the first folder, become relative to what they have in common."""
+    looked for in the folders, then in the working directory. Where there are full paths, or such
+    that lead out of that folder, it is the one that all have in common."""
     folders = [Path(folder).absolute() for folder in folders]
     files = [os.path.normpath(str(file).replace("\\", "/")) for file in files]
-    if any(os.path.isabs(file) or file.startswith("..") for file in files):
-        paths = [os.path.normpath(folders[0] / file) for file in files]
-        root = os.path.commonpath([os.path.dirname(path) for path in paths])
-        return Path(root), [os.path.relpath(path, root) for path in paths]
-    some = files[:: math.ceil(len(files) / 20)]  # one that is missing must not lead elsewhere
-    roots = [folder / name for folder in folders for name in IMAGE_FOLDERS]
-    for root in (*roots, Path.cwd()):
+    relative = [file for file in files if not os.path.isabs(file)]
+    some = relative[:: math.ceil(len(files) / 20)]  # one that is missing must not lead elsewhere
+    found = folders[0]
+    for root in (*(folder / name for folder in folders for name in IMAGE_FOLDERS), Path.cwd()):
         if any(find_file(root, file) for file in some):
-            return root, files
-    return folders[0], files
+            found = root
+            break
+    if len(relative) == len(files) and not any(file.startswith("..") for file in files):
+        return found, files
+    paths = [os.path.normpath(found / file) for file in files]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return Path(root), [os.path.relpath(path, root) for path in paths]
 
 
 def find_file(root, file):
@@ -361,12 +359,12 @@ def describe_groups(classes, attributes, train_counts):
     """A dict per group: group, name, train_n, minority. A minority group has fewer than half the
     training images of the largest group of its class: G1 and G2 of Waterbirds, G3 of CelebA."""
     groups = []
-    for name in classes:
-        of_class = train_counts[len(groups) :][: len(attributes)]
-        for attribute, n in zip(attributes, of_class, strict=True):
+    for y, name in enumerate(classes):
+        of_class = train_counts[y * len(attributes) :][: len(attributes)]
+        for a, (attribute, n) in enumerate(zip(attributes, of_class, strict=True)):
             groups.append(
                 {
-                    "group": len(groups),
+                    "group": y * len(attributes) + a,
                     "name": f"{name} {attribute}",
                     "train_n": n,
                     "minority": 2 * n < max(of_class),
@@ -409,7 +407,7 @@ def make_transform(size, augment="none"):
 
 
 def seed_of(*numbers):
-    """One seed from several numbers. Everything random is a function of (seed, epoch, image)."""
+    """One seed from several numbers. All that is random follows from (seed, epoch, image, view)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -436,8 +434,8 @@ class Images(Dataset):
         self.transform = make_transform(size, augment)
         self.views = views
         self.seed = seed
-        # In evaluation the pixels are always the same. They are kept where three such splits would
-        # not fill half of the memory. A worker keeps those of its own batches.
+        # In evaluation the pixels are always the same. They are kept where they fill less than an
+        # eighth of the memory, as there are three such splits. A worker keeps those of its batches.
         self.keeps = (
             augment == "none"
             and views == 1
@@ -460,9 +458,9 @@ class Images(Dataset):
                     torch.default_generator.manual_seed(seed_of(self.seed, epoch, i, view))
                     views.append(self.transform(picture))
             x = views[0] if self.views == 1 else torch.stack(views)
-        # Only in evaluation (epoch 0): in training every worker would come to keep all images
-        if self.keeps and epoch == 0:
-            self.kept[i] = x
+            # Only in evaluation (epoch 0): in training every worker would come to keep all images
+            if self.keeps and epoch == 0:
+                self.kept[i] = x
         return x, int(self.y[i]), int(self.g[i]), i
 
 
@@ -547,7 +545,9 @@ class Batches:
                     tensor.to(self.device, non_blocking=self.loader.pin_memory) for tensor in batch
                 )
                 yield normalise(x, self.mean, self.std), *labels
-        except (OSError, EOFError) as error:  # BadInput says what is wrong with an image
+        except BadInput as error:  # of a worker, with a whole traceback in front
+            raise BadInput(str(error).rpartition("BadInput: ")[2].strip()) from error
+        except (OSError, EOFError) as error:
             raise BadInput(
                 f"--workers {self.workers}: a worker process cannot be started, or has ended "
                 f"({error}); try --workers 0"
@@ -925,7 +925,7 @@ def selected(log):
 def plot_epochs(log):
     """Training and validation accuracy of every group over the epochs of a log, a panel each, and
     the terms of the loss in one more."""
-    panels = {}  # {title: {line: its values}}
+    panels = {}  # {title: {line: its values}}, in rows of six
     for j, group in enumerate(log[-1]["train"]["groups"]):
         panels[f"accuracy of\n{long(group)}"] = {
             split: [row[split]["groups"][j]["acc"] for row in log] for split in ("train", "val")
@@ -934,9 +934,14 @@ def plot_epochs(log):
         name: [row.get("terms", {}).get(name) for row in log] for name in log[-1]["terms"]
     }
     epochs = [row["epoch"] for row in log]
-    fig = Figure(figsize=(2.7 * len(panels), 2.8))
-    axes = fig.subplots(1, len(panels), sharex=True)
-    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+    columns = min(len(panels), 6)
+    rows = math.ceil(len(panels) / columns)
+    fig = Figure(figsize=(2.7 * columns, 2.8 * rows))
+    axes = [*fig.subplots(rows, columns, sharex=True, squeeze=False).flat]
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax, (title, lines) in zip(axes, panels.items(), strict=False):
+        ax.tick_params(labelbottom=True)
         for name, values in lines.items():
             ax.plot(epochs, np.array(values, dtype=float), marker=".", label=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -953,7 +958,7 @@ def plot_epochs(log):
     return fig
 
 
-def plot_layers(ax, values, rows, layers, most, texts):
+def heat_map(ax, values, rows, layers, most, texts):
     """A heat map of values (rows, layers), grey up to `most`, layers in network order, with a text
     in some cells, {(i, j): text}. Returns what a colour bar needs."""
     image = ax.imshow(values, cmap="Greys", vmin=0, vmax=most, aspect="auto")
@@ -1468,6 +1473,11 @@ positive_int = number(int, 1, 10**9)
 seed_int = number(int, 0, 2**32 - 1)
 
 
+def default_kick_in(epochs):
+    """The epoch of ERM at which stage 4 starts by default: 40 % of all, the paper's 40 of 100."""
+    return max(1, epochs * 2 // 5)
+
+
 def plain(args):
     """An argparse namespace as a dict of plain types, for JSON and checkpoints."""
     return json.loads(json.dumps(vars(args), default=str))
@@ -1524,7 +1534,7 @@ def machine(args):
         yield
 
 
-def check_finite(loss, epoch, model, advice):
+def finite_loss(loss, epoch, model, advice):
     """The loss () as a float. Raises BadInput if it or a weight is not a finite number."""
     if not (loss.isfinite() and all(v.isfinite().all() for v in model.state_dict().values())):
         raise BadInput(
@@ -1568,7 +1578,7 @@ def encode(name, content):
             rows.writerows(content)
         else:
             text.write(content)
-        buffer.write(text.getvalue().encode())
+        buffer.write(text.getvalue().encode(errors="backslashreplace"))  # of odd folder names
     return buffer.getbuffer()
 
 
@@ -1696,17 +1706,17 @@ def changed_settings(folder, args, defaults, inputs):
     return changed
 
 
-def earlier_run(folder, args, defaults, names, show, test_labels, **inputs):
-    """Where an earlier run left a training stage, (last, finished). (None, False): it starts from
-    the beginning. (the content of last.pt, False): it goes on from there, if only to draw a lost
-    figure or to measure other test images. (None, True): there is nothing to do, and show(results)
-    has shown it. It only reads. names: the files of the stage; test_labels: the fingerprint of the
-    test images, for which alone results.json holds; defaults, inputs: see changed_settings. Raises
-    BadInput if the folder holds a run of other settings or inputs, or is damaged."""
+def earlier_run(folder, args, defaults, names, test_labels, **inputs):
+    """What an earlier run left of a training stage, (last, results). (None, None): it starts from
+    the beginning. (the content of last.pt, None): it goes on from there, if only to draw a lost
+    figure or to measure other test images. (None, the content of results.json): it is finished. It
+    only reads. names: the files of the stage; test_labels: the fingerprint of the test images, for
+    which alone results.json holds; defaults, inputs: see changed_settings. Raises BadInput if the
+    folder holds a run of other settings or inputs, or is damaged."""
     check_own(folder, names)
     ended = (folder / "results.json").exists()
     if not ended and not (folder / "last.pt").exists():
-        return None, False
+        return None, None
     changed = changed_settings(folder, args, defaults, inputs)
     shorter = False
     finished = False
@@ -1722,7 +1732,7 @@ def earlier_run(folder, args, defaults, names, show, test_labels, **inputs):
     # Even with --overwrite an unfinished run of these settings goes on: it may be this very
     # command, which was interrupted
     if args.overwrite and (changed or shorter or finished):
-        return None, False
+        return None, None
     if changed:
         raise BadInput(
             f"{folder} is of a run with other settings ({'; '.join(changed[:4])}); use another "
@@ -1730,10 +1740,8 @@ def earlier_run(folder, args, defaults, names, show, test_labels, **inputs):
         )
     if finished:
         print(f"{folder} is finished; --overwrite starts anew")
-        with reading(folder / "results.json", START_ANEW):
-            show(results)
-        return None, True
-    return load_checkpoint(folder / "last.pt", START_ANEW), False
+        return None, results
+    return load_checkpoint(folder / "last.pt", START_ANEW), None
 
 
 def restore(folder, last, model, optimizer, scheduler):
@@ -1784,9 +1792,9 @@ def measure_selected(folder, model, test, table, log):
     }
 
 
-def begin(folder, args, names, last, **inputs):
-    """Open the folder of a training stage that starts (last is None) or goes on: nothing of an
-    older run is left that is not of this one, and args.json says what it is."""
+def begin(folder, stage, args, names, last, **inputs):
+    """Open the folder of a training stage, 'erm' or 'finetune', that starts (last is None) or goes
+    on: nothing of an older run is left that is not of this one, and args.json says what it is."""
     open_folder(folder, names)
     if last is None and not args.overwrite and (folder / "last.pt").exists():
         raise BadInput(f"{folder} was filled by another process meanwhile; run the command again")
@@ -1799,7 +1807,7 @@ def begin(folder, args, names, last, **inputs):
         for path in folder.glob(name):
             if name != "args.json":
                 path.unlink()
-    files = {"args.json": run_record(folder.name, args, **inputs)}
+    files = {"args.json": run_record(stage, args, **inputs)}
     if last is not None and selected(last["log"])["epoch"] == last["epoch"]:
         # A kill may have come between last.pt and best.pt
         files["best.pt"] = {key: last[key] for key in CHECKPOINT}
@@ -1860,6 +1868,13 @@ def script():
         raise SystemExit(2) from None
 
 
+# Where torch says that the machine has too little of something
+LIMITS = (
+    r"out of memory|can't allocate|bad_alloc|can't start new thread|shared memory|ancdata|"
+    r"Too many open files|could not create a primitive|DataLoader worker \(pid"
+)
+
+
 def in_one_line(error):
     """What to say of an error that the user can mend; None of a fault of the code."""
     if isinstance(error, (BadInput, OSError)):
@@ -1874,10 +1889,3 @@ def in_one_line(error):
     if isinstance(error, MemoryError) or isinstance(error.__context__, MemoryError):
         return f"out of memory; {advice}"
     return None
-
-
-# Where torch says that the machine has too little of something
-LIMITS = (
-    r"out of memory|can't allocate|bad_alloc|can't start new thread|shared memory|ancdata|"
-    r"Too many open files|could not create a primitive|DataLoader worker \(pid"
-)

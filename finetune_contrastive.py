@@ -167,7 +167,7 @@ def parse_args(argv=None):
 # ---- the method ----
 
 
-def critical_neurons(model, weights, images, logits, args, epoch):
+def critical_neurons(model, weights, images, logits, groups, args, epoch):
     """The neurons to mask in this epoch, a list of dicts (criterion, parameter, index, score);
     'mixed' may list one twice. images: the training set without augmentation; logits (N, C) of all
     of it, by the model as it is."""
@@ -191,7 +191,8 @@ def critical_neurons(model, weights, images, logits, args, epoch):
         if common.needs_gradient(criterion):
             index = torch.arange(len(images))
             if args.gradient_source == "minority":
-                index = torch.isin(images.g, torch.tensor(args.minority)).nonzero()[:, 0]
+                minority = torch.tensor([group["minority"] for group in groups])
+                index = minority[images.g].nonzero()[:, 0]
             worst = common.worst_images(logits, images.y, index, generator)
             gradients = common.mean_gradient(
                 model,
@@ -280,10 +281,10 @@ def main(args):
         "start": common.fingerprint_of(model),
     }
     test_labels = table.fingerprint("test")
-    last, finished = common.earlier_run(
-        folder, args, parse_args([]), FILES, print_table, test_labels, **inputs
-    )
-    if finished:
+    last, results = common.earlier_run(folder, args, parse_args([]), FILES, test_labels, **inputs)
+    if results:
+        with common.reading(folder / "results.json", common.START_ANEW):
+            print_table(results)
         return
 
     # Optimizer, and where an interrupted run left it
@@ -298,7 +299,7 @@ def main(args):
     # What is learned from, and what is evaluated on
     views = 2 if args.method == "contrastive" and args.views == "two" else 1
     train, loaders, test = common.training_batches(start, table, args, views)
-    common.begin(folder, args, FILES, last, **inputs)
+    common.begin(folder, "finetune", args, FILES, last, **inputs)
 
     reports, logits = common.evaluate(model, loaders, table.groups)
     if not log:
@@ -310,7 +311,13 @@ def main(args):
         rows = []
         if args.method == "contrastive":
             rows = critical_neurons(
-                model, weights, loaders["train"].images, logits["train"], args, epoch
+                model,
+                weights,
+                loaders["train"].images,
+                logits["train"],
+                table.groups,
+                args,
+                epoch,
             )
         neurons = [(row["parameter"], row["index"]) for row in rows]
         masks = common.neuron_masks(weights, neurons, args.unit)
@@ -331,7 +338,7 @@ def main(args):
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * len(y)
             n += len(y)
-        loss = common.check_finite(
+        loss = common.finite_loss(
             sum(sums.values()) / n,
             epoch,
             model,
@@ -406,7 +413,7 @@ def starting_point(args):
                 "--checkpoint takes any other file"
             )
         return path
-    kick_in = max(1, erm_epochs(args.run) * 2 // 5)
+    kick_in = common.default_kick_in(erm_epochs(args.run))
     path = folder / f"epoch_{kick_in:03d}.pt"
     if path.exists():
         return path
@@ -434,8 +441,8 @@ def resolve(args, erm, table, weights):
         args.epochs = max(4, epochs // 5)
     if args.unit == "auto":
         args.unit = common.choose_unit(weights)
-    args.minority = [group["group"] for group in table.groups if group["minority"]]
-    if args.gradient_source == "minority" and not args.minority:
+    minority = any(group["minority"] for group in table.groups)
+    if args.gradient_source == "minority" and not minority:
         raise BadInput("--gradient-source minority: no group of these data is one; use train")
     if args.checkpoint.resolve().parent == (args.run / args.name).resolve():
         raise BadInput(f"{args.checkpoint} lies in the folder to be filled; choose another --name")

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("images")
     g.add_argument(
         "--n",
-        type=common.positive_int,
+        type=common.number(int, 1, 100),
         default=8,
         help="images to draw from the minority groups, rounded up to equal shares (8)",
     )
@@ -426,7 +426,7 @@ def load_networks(args):
     the folder of its checkpoint or, where folders do not tell them apart, by its path."""
     model, checkpoint, table = common.reopen(args.before, args.data, args.device)
     paths = [args.before, *args.after]
-    names = [Path(os.path.realpath(path)).parent.name for path in paths]
+    names = [Path(os.path.abspath(path)).parent.name for path in paths]
     controls = {"random head", "gaussian"}
     if len(set(names)) < len(names) or controls & set(names):
         names = [str(path) for path in paths]

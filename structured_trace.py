@@ -47,19 +47,15 @@ def main(args):
     folder = args.run / "structured"
     common.open_folder(folder, FILES)
     train = common.open_split(checkpoint, table, "train")
-    batches = []
-    for members in common.sample_groups(
-        train.g, groups, args.max_per_group, whole=True, seed=args.seed
-    ):
-        batches.append(
-            common.Batches(train, args.device, args.batch_size, args.workers, parts=[members])
-        )
+    index = common.sample_groups(train.g, groups, args.max_per_group, whole=True, seed=args.seed)
 
-    # Scores of all neurons: for each group or, where a criterion needs no gradient, for all of
-    # them; the random ones are those of largest random score
+    def batches(members):
+        return common.Batches(train, args.device, args.batch_size, args.workers, parts=[members])
+
+    # Scores of all neurons: for each group or, where a criterion needs no gradient, for all of them
     gradients = {}
-    for j, of_group in enumerate(batches):
-        gradients[j] = common.mean_gradient(model, weights, of_group)
+    for j, members in enumerate(index):
+        gradients[j] = common.mean_gradient(model, weights, batches(members))
     scores = {}
     for criterion in common.CRITERIA:
         if common.needs_gradient(criterion):
@@ -67,26 +63,45 @@ def main(args):
                 scores[criterion, j] = common.score_neurons(weights, gradient, criterion, args.unit)
         else:
             scores[criterion, "all"] = common.score_neurons(weights, {}, criterion, args.unit)
+
+    # The top neurons of each layer; random ones are those of largest random score
+    sets = {}  # {(criterion, selected by): {layer: neurons}}
+    for key, values in scores.items():
+        sets[key] = {}
+        for layer, n in counts.items():
+            sets[key][layer] = common.top_neurons({layer: values[layer]}, min(args.k, n))
     rng = np.random.default_rng(args.seed)
     for i in range(args.controls):
-        scores["random", f"set {i}"] = {
-            layer: torch.from_numpy(rng.random(n)) for layer, n in counts.items()
-        }
+        drawn = sets["random", f"set {i}"] = {}
+        for layer, n in counts.items():
+            values = torch.from_numpy(rng.random(n))
+            drawn[layer] = common.top_neurons({layer: values}, min(args.k, n))
 
-    # The top neurons of each layer are zeroed, those of a group on its own images alone
+    # They are zeroed, those of a group on its own images alone
     planned = []
-    for layer, n in counts.items():
-        k = min(args.k, n)
-        for (criterion, by), values in scores.items():
+    for layer in counts:
+        for (criterion, by), of_layers in sets.items():
+            neurons = of_layers[layer]
             planned.append(
                 {
-                    "row": {"parameter": layer, "criterion": criterion, "selected_by": by, "k": k},
+                    "row": {
+                        "parameter": layer,
+                        "criterion": criterion,
+                        "selected_by": by,
+                        "k": len(neurons),
+                    },
                     "groups": [by] if by in gradients else list(gradients),
-                    "variant": {"neurons": common.top_neurons({layer: values[layer]}, k)},
+                    "variant": {"neurons": neurons},
                 }
             )
-    passes = common.OnePass()
-    rows = common.count_planned(model, planned, batches, weights, args.unit, passes)
+    rows = common.count_planned(
+        model,
+        planned,
+        (batches(members) for members in index),
+        weights,
+        args.unit,
+        common.OnePass(),
+    )
     for row in rows:
         row["change_percent"] = round(common.change(row), 4)
 
@@ -170,7 +185,7 @@ def plot_heat(heat, layers, groups, k):
     axes = fig.subplots(len(heat), 1, sharex=True)
     most = max(1e-9, np.abs([*heat.values()]).max())
     for ax, (criterion, values) in zip(axes, heat.items(), strict=True):
-        image = common.plot_layers(
+        image = common.heat_map(
             ax,
             np.abs(values),
             [common.long(group) for group in groups],

@@ -198,7 +198,7 @@ def main(args):
 
     shown = f"top {listed} neurons of each set (of {total}, {100 * listed / total:.2g} %)"
     figures = {
-        "fig02_zero.png": plot_changes(rows, groups, args, "zero", [""]),
+        "fig02_zero.png": plot_changes(rows, groups, few, "zero", [""]),
         "fig03_ranks.png": plot_ranks(neurons, shown),
         "fig08_layers.png": plot_layers(neurons, groups, list(counts), shown),
     }
@@ -206,8 +206,8 @@ def main(args):
         ("random-init", "fig04_random_init.png", "fig11_random_init_sigmas.png"),
         ("random-noise", "fig05_random_noise.png", "fig12_random_noise_sigmas.png"),
     ):
-        figures[one_sigma] = plot_changes(rows, groups, args, how, args.sigma[:1])
-        figures[all_sigmas] = plot_changes(rows, groups, args, how, args.sigma)
+        figures[one_sigma] = plot_changes(rows, groups, few, how, args.sigma[:1])
+        figures[all_sigmas] = plot_changes(rows, groups, few, how, args.sigma)
     common.write(folder, figures)
     print(f"wrote {folder}/")
 
@@ -454,11 +454,10 @@ def print_changes(changes, groups):
 # ---- the figures ----
 
 
-def plot_changes(rows, groups, args, how, sigmas):
+def plot_changes(rows, groups, ks, how, sigmas):
     """Figures 2, 4, 5, 11, 12: change of each group under its own neurons, a bar per k, a column of
     panels per criterion, a row per sigma; whiskers: standard deviation over repeats. Zeroing also
     shows random neurons for minority groups (mean and 95 % range)."""
-    ks = args.top_k[:3]
     slots = len(ks) + (how == "zero")  # one more slot for random neurons
     fig = Figure(figsize=(4.6 * len(common.CRITERIA), 3.2 * len(sigmas)))
     axes = fig.subplots(len(sigmas), len(common.CRITERIA), sharey=True, squeeze=False)
@@ -496,7 +495,7 @@ def plot_changes(rows, groups, args, how, sigmas):
         "random-noise": "Random noise added to the top neurons",
     }[how]
     if how != "zero":
-        what += f" (* minority; mean and standard deviation, draws: {args.repeats})"
+        what += f" (* minority; mean and standard deviation, draws: {len(changes[0])})"
     fig.suptitle(what)
     return fig
 
@@ -547,7 +546,7 @@ def plot_layers(neurons, groups, layers, shown):
     counts = np.array([[of_set.count(layer) for layer in layers] for of_set in sets.values()])
     fig = Figure(figsize=(4.5 + 0.2 * len(layers), 2 + 0.32 * len(sets)))
     ax = fig.subplots()
-    image = common.plot_layers(
+    image = common.heat_map(
         ax,
         counts,
         sets,

@@ -119,14 +119,13 @@ def parse_args(argv=None):
 
 def main(args):
     # Data, settings, and what an earlier run of this command left
-    if os.path.realpath(args.data) == str(common.BIRDS) and not common.BIRDS.exists():
+    if os.path.realpath(args.data) == os.path.realpath(common.BIRDS) and not common.BIRDS.exists():
         draw_birds()
     table = common.read_table(args.data, args.attributes)
     for flag, (paper, built_in) in DEFAULTS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, built_in if common.is_built_in(table) else paper)
-    kick_in = max(1, args.epochs * 2 // 5)  # where stage 4 starts by default
-    args.keep_epochs = sorted({*args.keep_epochs, kick_in})
+    args.keep_epochs = sorted({*args.keep_epochs, common.default_kick_in(args.epochs)})
     common.print_settings(args)
     folder = args.run / "erm"
     inputs = {
@@ -134,10 +133,10 @@ def main(args):
         "weights": fingerprint_of_weights(args.weights),
     }
     test_labels = table.fingerprint("test")
-    last, finished = common.earlier_run(
-        folder, args, parse_args([]), FILES, print_table, test_labels, **inputs
-    )
-    if finished:
+    last, results = common.earlier_run(folder, args, parse_args([]), FILES, test_labels, **inputs)
+    if results:
+        with common.reading(folder / "results.json", common.START_ANEW):
+            print_table(results)
         return
 
     # Model, optimizer, and where an interrupted run left them
@@ -180,7 +179,7 @@ def main(args):
         "args": common.plain(args),
     }
     train, loaders, test = common.training_batches(about, table, args)
-    common.begin(folder, args, FILES, last, **inputs)
+    common.begin(folder, "erm", args, FILES, last, **inputs)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         started = time.time()
@@ -200,7 +199,7 @@ def main(args):
             optimizer.step()
             total += loss.detach() * len(y)
             n += len(y)
-        loss = common.check_finite(total / n, epoch, model, f"try an --lr below {args.lr}")
+        loss = common.finite_loss(total / n, epoch, model, f"try an --lr below {args.lr}")
         scheduler.step(loss)
         if epoch == 1:
             erm["id"] = common.fingerprint_of(model)  # tells this training from any other

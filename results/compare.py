@@ -47,6 +47,7 @@ BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run share
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
 PLACES = {*common.NOT_SETTINGS, "before", "after", "masks", "n", "seed"} - {"attributes", "weights"}
+PLACES.add("minority")  # which an earlier version kept among the arguments
 ARMS = {  # name of a run: what of Table 12, or its control, it is
     "finetune": "largest magnitude masked",
     "gradient": "largest gradient masked",
@@ -594,15 +595,14 @@ def worst(run, split="test"):
 
 
 def accuracies(shown, *_):
-    once = {}  # (run, row, split) by what counts once: several runs have one start
-    for run in of_stage(shown, "erm"):
-        once[identity(run)] = (run, "ERM, selected epoch", "test")
-    for run in of_stage(shown, "finetune"):
-        start = json.dumps([data_of(run), run["run"], run["start"]])
-        once[start] = (run, f"before: {run['start'][0]}", "before")
-    for run in of_stage(shown, "finetune"):
-        once[identity(run)] = (run, run["name"], "test")
-    for run, row, split in once.values():
+    tuned = of_stage(shown, "finetune")
+    starts = {}  # several runs have one start, which counts once
+    for run in tuned:
+        starts[json.dumps([data_of(run), run["run"], run["start"]])] = run
+    entries = [(run, "ERM, selected epoch", "test") for run in of_stage(shown, "erm")]
+    entries += [(run, f"before: {run['start'][0]}", "before") for run in starts.values()]
+    entries += [(run, run["name"], "test") for run in tuned]
+    for run, row, split in entries:
         for key, column in common.MEANS.items():
             yield data_of(run), row, column, 100 * run["reports"][split][key]
 
@@ -634,8 +634,13 @@ def differences(shown, found, _):
 
 def controls(found, key, value):
     """The fine-tunings with a setting, {budget: run}; of two with one budget the later."""
-    runs = of_stage(found, "finetune")
-    return {budget(run): run for run in runs if run["settings"].get(key) == value}
+    taken = {}
+    for run in of_stage(found, "finetune"):
+        # Of the other methods the criterion says nothing, as they mask nothing
+        means_it = key != "criterion" or run["settings"]["method"] == "contrastive"
+        if means_it and run["settings"].get(key) == value:
+            taken[budget(run)] = run
+    return taken
 
 
 def budget(run):
@@ -828,6 +833,26 @@ def plot(records, path):
     print(f"\nwrote {path}")
 
 
+def plot_pair(ax, i, runs):
+    """The bars of one fine-tuning, number i of its panel."""
+    styles = {
+        "before": {"x": i - 0.2, "color": "0.85", "label": "before"},
+        "test": {"x": i + 0.2, "color": "0.5", "label": "after"},
+    }
+    for split, style in styles.items():
+        values = [worst(run, split) for run in runs]
+        if i > 0:
+            style["label"] = None  # once in the legend
+        ax.bar(
+            height=np.mean(values),
+            width=0.4,
+            yerr=np.std(values, ddof=1) if len(values) > 1 else None,
+            error_kw={"lw": 0.9, "capsize": 3},
+            **style,
+        )
+        ax.plot([style["x"]] * len(values), values, "o", color="black", mfc="white", ms=3.5)
+
+
 def plot_gains(records):
     """Test worst-group accuracy minus that of ERM continued, a row for each data set and network
     and each kind of fine-tuning: mean, 95 % interval and single seeds."""
@@ -856,26 +881,6 @@ def plot_gains(records):
         "diamond and line: mean and its 95 % interval; circles: seeds"
     )
     return fig
-
-
-def plot_pair(ax, i, runs):
-    """The bars of one fine-tuning, number i of its panel."""
-    styles = {
-        "before": {"x": i - 0.2, "color": "0.85", "label": "before"},
-        "test": {"x": i + 0.2, "color": "0.5", "label": "after"},
-    }
-    for split, style in styles.items():
-        values = [worst(run, split) for run in runs]
-        if i > 0:
-            style["label"] = None  # once in the legend
-        ax.bar(
-            height=np.mean(values),
-            width=0.4,
-            yerr=np.std(values, ddof=1) if len(values) > 1 else None,
-            error_kw={"lw": 0.9, "capsize": 3},
-            **style,
-        )
-        ax.plot([style["x"]] * len(values), values, "o", color="black", mfc="white", ms=3.5)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def norms(run, lam):
     images = common.open_split(start, table, "train", augment=args.augment, views=2, seed=args.seed)
     order = common.EpochOrder(len(images), args.batch_size, args.seed)
     order.epoch = 1
-    rows = finetune_contrastive.critical_neurons(model, weights, None, None, args, epoch=1)
+    rows = finetune_contrastive.critical_neurons(
+        model, weights, None, None, table.groups, args, epoch=1
+    )
     neurons = [(row["parameter"], row["index"]) for row in rows]
     masks = common.neuron_masks(weights, neurons, args.unit)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)

@@ -167,6 +167,9 @@ def test_the_built_in_set_is_known_by_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert common.is_built_in(table)
     assert common.is_built_in(read_table("birds/../birds/metadata.csv"))
+    (tmp_path / "link").symlink_to(tmp_path / "birds")  # to another disk
+    monkeypatch.setattr(common, "BIRDS", tmp_path / "link")
+    assert common.is_built_in(read_table("link"))
 
 
 def test_drawn_birds(birds, tmp_path, monkeypatch):
@@ -327,7 +330,8 @@ def test_a_tab_separated_file_of_another_name(tmp_path):
 
 def test_names_relative_to_the_csv_or_the_working_directory_or_in_full(tmp_path, monkeypatch):
     write_images(tmp_path, labelled_rows(pattern="i/{number}.png"))
-    for prefix in ("", f"{tmp_path.name}/", f"{tmp_path}/", "i/../"):
+    outside = f"../{tmp_path.parent.name}/{tmp_path.name}/"  # of the working directory
+    for prefix in ("", f"{tmp_path.name}/", f"{tmp_path}/", "i/../", outside):
         rows = [[prefix + name, *labels] for name, *labels in ROWS]
         monkeypatch.chdir(tmp_path.parent)
         table = table_of(Path(tmp_path.name), rows)

@@ -27,7 +27,7 @@ MASKED = {  # architecture: (unit, neurons)
 def arguments(**changed):
     """The arguments of stage 4 as they are after `resolve`, with these changed."""
     args = stage.parse_args(["--device", "cpu"])
-    resolved = {"batch_size": 64, "seed": 0, "unit": "channel", "minority": [1]}
+    resolved = {"batch_size": 64, "seed": 0, "unit": "channel"}
     return argparse.Namespace(**{**vars(args), **resolved, **changed})
 
 
@@ -182,7 +182,8 @@ def chosen(**changed):
     logits = F.one_hot(y ^ (i % 2)) * i[:, None] / 100
     args = arguments(prune_fraction=0.1, **changed)
     weights = common.prunable_weights(model)
-    rows = stage.critical_neurons(model, weights, images, logits, args, 1)
+    groups = [{"minority": group == 1} for group in range(4)]
+    rows = stage.critical_neurons(model, weights, images, logits, groups, args, 1)
     assert {row["parameter"] for row in rows} <= {"0.weight"}
     return [(row["criterion"], row["index"]) for row in rows], model, images
 
@@ -194,7 +195,7 @@ def test_random_neurons(fraction, k):
     drawn = []
     for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1)):
         args = arguments(criterion="random", prune_fraction=fraction, seed=seed)
-        rows = stage.critical_neurons(None, weights, None, None, args, epoch)
+        rows = stage.critical_neurons(None, weights, None, None, [], args, epoch)
         drawn.append({(row["parameter"], row["index"]) for row in rows})
         assert all(index < len(weights[name]) for name, index in drawn[-1])
     assert len(drawn[0]) == k
@@ -206,7 +207,7 @@ def test_seven_hundredths_of_a_hundred_are_seven():
     """Though 0.07 * 100 is a hair above 7 in floating point."""
     weights = {"a": torch.zeros(100, 1)}
     args = arguments(criterion="random", prune_fraction=0.07)
-    assert len(stage.critical_neurons(None, weights, None, None, args, 1)) == 7
+    assert len(stage.critical_neurons(None, weights, None, None, [], args, 1)) == 7
 
 
 def test_largest_and_smallest():
@@ -334,7 +335,7 @@ def test_a_run_and_its_extension(run, monkeypatch):
 def test_learning_rate_is_halved_on_a_plateau_alone(run, monkeypatch, losses, rates):
     """Section 4.1: a factor of 0.5 after more than one epoch in which the loss does not fall."""
     of_epochs = iter(losses)
-    monkeypatch.setattr(common, "check_finite", lambda *args: next(of_epochs))
+    monkeypatch.setattr(common, "finite_loss", lambda *args: next(of_epochs))
     folder = finetune(run, "plateau", "--method erm --epochs 4 --lr 0.01")
     assert [row["lr"] for row in content(folder)[1][1:]] == rates
 
@@ -344,12 +345,12 @@ def test_worst_images_are_those_of_the_network_as_it_is(run, monkeypatch):
     seen = []
     critical_neurons = stage.critical_neurons
 
-    def spy(model, weights, images, logits, args, epoch):
+    def spy(model, weights, images, logits, *others):
         with common.evaluating(model), torch.no_grad():
             expected = torch.cat([model(x) for x, *_ in common.Batches(images)])
         assert torch.allclose(logits, expected, atol=1e-4)
         seen.append(logits)
-        return critical_neurons(model, weights, images, logits, args, epoch)
+        return critical_neurons(model, weights, images, logits, *others)
 
     monkeypatch.setattr(stage, "critical_neurons", spy)
     finetune(run, "worst", "--epochs 2 --lr 0.01")

@@ -373,6 +373,13 @@ def test_a_network_of_another_training_is_said(run, capsys):
     assert f"{run}/stranger/best.pt did not start from the training that" in warned
 
 
+def test_a_network_is_called_by_its_folder_even_if_that_is_a_link(run, tmp_path):
+    (tmp_path / "erm").symlink_to(run / "erm")
+    args = SimpleNamespace(before=tmp_path / "erm/best.pt", after=[], data=None, device="cpu")
+    models, _, _ = gradcam.load_networks(args)
+    assert [*models] == ["erm"]
+
+
 def masks_of(folder, names, right):
     """Masks (PNGs) of all images, in which the right or the left half is the object."""
     pixels = np.zeros((32, 40), np.uint8)

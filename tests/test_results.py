@@ -50,7 +50,7 @@ def put(folder, worst=0.5, before=0.2, result=None, start="w", **args):
         "lr": 2e-4,
         "batch_size": 128,
         "augment": "none",
-        "method": "new",
+        "method": "contrastive",
         "device": "cpu",
         **args,
     }
@@ -106,6 +106,7 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
         put(run / "control", erm, before, method="erm")
         put(run / "other-random", erm, before, criterion="random")
         put(run / "random", erm + 0.1, before, criterion="random")
+        put(run / "random-supervised", 0.9, before, method="supervised", criterion="random")
         put(run / "other-lr", 0.9, before, method="erm", lr=1e-3)
         put(run / "other-start", 0.9, before, {"start_epoch": 8}, method="erm")
         put(run / "other-batch", 0.9, before, method="erm", batch_size=64)

@@ -140,6 +140,8 @@ def test_write(folder):
     common.write(folder, {"missing.csv": None, "rows.jsonl": [{"a": 1}, {"a": 2}], "none.csv": []})
     written = {"rows.jsonl": b'{"a": 1}\n{"a": 2}\n', "none.csv": b"\r\n"}
     assert found_in(folder) == {**AFTER, **written}
+    common.write(folder, {"odd.csv": [{"name": "a\udce9"}]})  # a folder's name that is no UTF-8
+    assert (folder / "odd.csv").read_text() == "name\na\\udce9\n"
 
 
 def test_a_kill_while_files_are_written(folder):
@@ -327,17 +329,16 @@ def test_a_kill_while_an_older_run_is_deleted(train, tmp_path):
 
             accident_at(n, patch, stop)
             try:
-                common.begin(folder, train_erm.parse_args(["--overwrite"]), train_erm.FILES, None)
+                args = train_erm.parse_args(["--overwrite"])
+                common.begin(folder, "erm", args, train_erm.FILES, None)
                 begun = True
             except Accident:
                 pass
         defaults = train_erm.parse_args([])
         for more in ("", "--epochs 2 --seed 8"):  # other settings, and those of the older run
             args = train_erm.parse_args([*f"{SMALL} {more}".split(), "--overwrite"])
-            found = common.earlier_run(
-                folder, args, defaults, train_erm.FILES, None, "x", labels="x"
-            )
-            assert found == (None, False), (n, more)  # it starts
+            found = common.earlier_run(folder, args, defaults, train_erm.FILES, "x", labels="x")
+            assert found == (None, None), (n, more)  # it starts
     assert n > len(train_erm.FILES)
     assert {path.name for path in folder.iterdir()} == {"args.json", ".lock"}
 
@@ -608,7 +609,7 @@ def test_a_figure_that_fails(train, erm_run, copy, capsys, monkeypatch):
 
 def test_ctrl_c_says_so_in_one_line(erm_run, tmp_path, monkeypatch):
     """And the process dies of the signal, so that a loop in a shell ends with it."""
-    monkeypatch.setattr(common, "check_finite", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(common, "finite_loss", lambda *args: os.kill(os.getpid(), signal.SIGINT))
 
     def interrupted():
         os.dup2(os.open(tmp_path / "err", os.O_WRONLY | os.O_CREAT), 2)

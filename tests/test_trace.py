@@ -414,8 +414,7 @@ def test_figure_2_by_hand():
         own = {**row, "criterion": "gradient", "selected_by": j, "correct_after": after - 1}
         other = {**own, "selected_by": 1 - j, "correct_after": 0}
         rows += [row, own, other, {**row, "split": "test", "correct_after": 0}]
-    args = SimpleNamespace(top_k=[1], repeats=1)
-    magnitude, gradient = trace_neurons.plot_changes(rows, GROUPS[:2], args, "zero", [""]).axes
+    magnitude, gradient = trace_neurons.plot_changes(rows, GROUPS[:2], [1], "zero", [""]).axes
     assert magnitude.get_title() == "magnitude"
     assert [bar.get_height() for bar in magnitude.containers[0]] == [-10, -50]
     assert gradient.get_title() == "gradient"

@@ -162,6 +162,16 @@ def test_figure_1_by_hand():
     assert ax.get_xticklabels()[0].get_text().startswith("G0*\na")
 
 
+def test_curves_of_many_groups_are_in_rows_of_six():
+    groups = common.describe_groups("abcd", "xy", [1] * 8)
+    report = common.group_report(*torch.arange(8).expand(3, 8), groups)
+    row = {"epoch": 1, "terms": {"cross entropy": 0.5}, "train": report, "val": report}
+    fig = common.plot_epochs([row])
+    assert [ax.get_title() for ax in fig.axes][-2:] == ["accuracy of\nG7 d y", "training loss"]
+    assert len(fig.axes) == 9
+    assert fig.get_size_inches().tolist() == pytest.approx([6 * 2.7, 2 * 2.8])
+
+
 def test_terms_below_zero_are_drawn():
     """A term that somebody adds may be a bonus; and a curve may be of one epoch alone."""
     report = common.group_report(
@@ -204,7 +214,7 @@ def test_steps_by_hand(train, tmp_path):
 
 def test_learning_rate_is_halved_on_a_plateau(train, tmp_path, monkeypatch):
     """Table 2: the loss does not fall for more than 3 epochs. From outside it is made to stand."""
-    monkeypatch.setattr(common, "check_finite", lambda *args, **kwargs: 1.0)
+    monkeypatch.setattr(common, "finite_loss", lambda *args, **kwargs: 1.0)
     train("--epochs 6")
     log = common.load_checkpoint(tmp_path / "run/erm/last.pt")["log"]
     assert [row["lr"] for row in log] == [0.01] * 5 + [0.005]
@@ -212,7 +222,7 @@ def test_learning_rate_is_halved_on_a_plateau(train, tmp_path, monkeypatch):
 
 def test_learning_rate_stays_while_the_loss_falls(train, tmp_path, monkeypatch):
     of_epochs = iter([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
-    monkeypatch.setattr(common, "check_finite", lambda *args: next(of_epochs))
+    monkeypatch.setattr(common, "finite_loss", lambda *args: next(of_epochs))
     train("--epochs 6")
     log = common.load_checkpoint(tmp_path / "run/erm/last.pt")["log"]
     assert [row["lr"] for row in log] == [0.01] * 6
@@ -390,9 +400,15 @@ def test_the_built_in_set_is_drawn_when_it_is_not_there(tmp_path, monkeypatch, c
         train_erm.main(train_erm.parse_args(run.split()))
 
 
-def test_defaults_are_those_of_the_paper(erm_run, tmp_path, monkeypatch):
+@pytest.fixture
+def stop(monkeypatch):
+    """Nothing is trained, as if a run were finished."""
+    monkeypatch.setattr(common, "earlier_run", lambda *args, **kwargs: (None, {"some": "results"}))
+    monkeypatch.setattr(train_erm, "print_table", lambda _: None)
+
+
+def test_defaults_are_those_of_the_paper(stop, erm_run, tmp_path):
     """Section 4.1 and Table 2."""
-    monkeypatch.setattr(common, "earlier_run", lambda *args, **kwargs: (None, True))
     args = train_erm.parse_args(["--data", str(erm_run / "data"), "--run", str(tmp_path)])
     train_erm.main(args)
     assert (args.arch, args.size, args.epochs, args.batch_size) == ("resnet50", 224, 100, 256)
@@ -400,8 +416,7 @@ def test_defaults_are_those_of_the_paper(erm_run, tmp_path, monkeypatch):
     assert args.keep_epochs == [30, 40, 50, 60]
 
 
-def test_defaults_of_the_built_in_set(erm_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "earlier_run", lambda *args, **kwargs: (None, True))
+def test_defaults_of_the_built_in_set(stop, erm_run, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "is_built_in", lambda _: True)
     args = train_erm.parse_args(["--data", str(erm_run / "data"), "--run", str(tmp_path)])
     train_erm.main(args)

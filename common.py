@@ -994,10 +994,11 @@ def heat_map(ax, values, rows, layers, most, texts):
 # "channel" it is weight[12], an output filter of a convolution or an output row of a linear layer
 # with all its weights; with the unit "weight" it is a single weight, by its place in the flattened
 # tensor. Zeroing a filter in front of BatchNorm makes its channel the constant
-# beta - gamma * mean / std and not 0; a filter's bias, where it has one, stays.
+# beta - gamma * mean / std and not 0 (in training mode beta); a filter's bias, where it has one,
+# stays.
 #
 # The functions take `weights`, {parameter name: weight}: what prunable_weights gives, or any other
-# choice of a model's parameters.
+# choice of the parameters of the very model that is run (of a DataParallel, that of its `module`).
 
 # What stands for a neuron, element by element, from its weight z and its gradient v; its score is
 # the l2 norm of that (section 2.1.1). Another criterion is one more line.
@@ -1019,17 +1020,20 @@ LAYERS = (
 def head_names(model):
     """Names of the layers that give the logits: model.pretrained_cfg["classifier"], which timm sets
     (one name or several), else the linear layer or convolution that was registered last."""
-    names = getattr(model, "pretrained_cfg", {}).get("classifier")
-    if not names:
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    # A network of timm's still names its head where that was taken off
+    if not any(list(model.get_submodule(name).parameters()) for name in names):
         names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)][-1:]
-    return (names,) if isinstance(names, str) else tuple(names)
+    return tuple(names)
 
 
 def prunable_weights(model):
     """The weights that hold neurons, {parameter name: parameter} in network order: of all
     convolutions, or of all linear layers where these hold more weights (transformers, but ConvNeXt
-    too). The layers that give the logits, and normalisation, never. Raises ValueError if there is
-    none."""
+    too). The layers that give the logits, and normalisation, never; nor layers whose weight is
+    computed from others (torch's parametrizations, such as weight norm). Raises ValueError if there
+    is none."""
     convolutions = {}
     linear = {}
     heads = set()
@@ -1078,17 +1082,22 @@ def mean_gradient(model, weights, batches):
     as they were. Raises ValueError if there is no image."""
     # The same weights under another name, so that frozen ones have a gradient too
     z = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    sums = dict.fromkeys(z, 0)
     n = 0
     with evaluating(model), torch.enable_grad():
         for x, y, *_ in batches:
-            logits = torch.func.functional_call(model, z, (x,)).float()
+            logits = torch.func.functional_call(model, z, (x.clone(),)).float()
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
-            loss.backward(inputs=list(z.values()))  # adds to their .grad, and to no other
+            # A branch that eval mode skips has a gradient of 0
+            gradients = torch.autograd.grad(loss, list(z.values()), materialize_grads=True)
+            for name, gradient in zip(z, gradients, strict=True):
+                # In 16 bits later batches would hardly add to the sum of the earlier ones
+                precise = torch.promote_types(gradient.dtype, torch.float32)
+                sums[name] += gradient.to(precise)
             n += len(y)
     if n == 0:
         raise ValueError("no image to take the gradient of")
-    # A branch that eval mode skips has a gradient of 0
-    return {name: torch.zeros_like(w) if w.grad is None else w.grad / n for name, w in z.items()}
+    return {name: total / n for name, total in sums.items()}
 
 
 def needs_gradient(criterion):
@@ -1186,10 +1195,12 @@ def modified(weights, neurons, how="zero", sigma=0.0, seed=0, unit="channel"):
                 place.zero_()
             if how != "zero":
                 place += sigma * torch.randn(place.shape, generator=generator).to(place.device)
+        torch.clear_autocast_cache()  # under torch.autocast, copies of the weights as they were
         yield
     finally:
         for place, values in zip(places, before, strict=True):
             place.copy_(values)
+        torch.clear_autocast_cache()
 
 
 def full_passes(model, x, variants, weights, unit="channel"):
@@ -1269,13 +1280,13 @@ class OnePass:
     the forward pass it warns, and takes full passes."""
 
     def __init__(self):
+        self.model = None
         self.traced = None
-        self.tried = False
 
     def __call__(self, model, x, variants, weights, unit="channel"):
-        if not self.tried:
+        if model is not self.model:
             self.traced = trace_graph(model, x[:2])
-            self.tried = True
+            self.model = model
         if self.traced is None:
             return full_passes(model, x, variants, weights, unit)
         fork = Fork(self.traced, variants, weights, unit)

@@ -125,9 +125,9 @@ def parse_args(argv=None):
         "--lam",
         type=common.number(float, 0),
         default=0.2,
-        help="lambda of eq. 2.3. It multiplies the squared error summed over the batch, as in a "
-        "line of the released code that is commented out. To weigh the mean over the batch, as eq. "
-        "2.3 is written, divide it by the batch size (0.2)",
+        help="lambda of eq. 2.3. It multiplies the squared error or cross entropy summed over the "
+        "batch, as in a line of the released code that is commented out. To weigh the mean over "
+        "the batch, as eq. 2.3 is written, divide it by the batch size (0.2)",
     )
     g = p.add_argument_group("training")
     g.add_argument(
@@ -218,7 +218,8 @@ def auxiliary(model, x, masks):
     """f(m * theta, x), section 2.2.1: logits of the network with masked weights. Not a copy: the
     masks multiply the same parameters, so gradients meet in shared weights. In training mode
     BatchNorm normalises by the batch, and what this pass would do to its running statistics is
-    thrown away."""
+    thrown away. Not for networks with gradient checkpointing, whose second forward pass would run
+    without the masks."""
     masked = {name: model.get_parameter(name) * mask for name, mask in masks.items()}
     scratch = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return torch.func.functional_call(model, {**masked, **scratch}, (x,))

@@ -62,10 +62,10 @@ PAPER_TABLES = (
     ("Table 11: ", "gradient", "random-init"),
     ("Table 13: ", "gradient", "zero"),
     ("Table 13: ", "gradient", "random-noise"),
-    ("Table 14: Figure 4 (left) ", "gradient", "random-init"),
-    ("Table 14: Figure 4 (right) ", "magnitude", "random-init"),
-    ("Table 14: Figure 5 (left) ", "gradient", "random-noise"),
-    ("Table 14: Figure 5 (right) ", "magnitude", "random-noise"),
+    ("Table 14: Figure 4, ", "gradient", "random-init"),
+    ("Table 14: Figure 4, ", "magnitude", "random-init"),
+    ("Table 14: Figure 5, ", "gradient", "random-noise"),
+    ("Table 14: Figure 5, ", "magnitude", "random-noise"),
 )
 
 
@@ -807,10 +807,14 @@ def marked_tables(marker, records):
 
 def plot(records, path):
     """Figure 6: test worst-group accuracy before and after every fine-tuning, a panel a data set;
-    bars: mean, whiskers: standard deviation, dots: single runs."""
+    bars: mean, whiskers: standard deviation, dots: single runs. A dotted line is the mean of ERM's
+    best epoch, the paper's light bars."""
     panels = {}
+    best = {}
     for run in of_stage(records, "finetune"):
         panels.setdefault(data_of(run), {}).setdefault(run["name"], []).append(run)
+    for run in of_stage(records, "erm"):
+        best.setdefault(data_of(run), []).append(worst(run))
     if not panels:
         print("\nno fine-tuning run, so no Figure 6")
         return
@@ -820,13 +824,15 @@ def plot(records, path):
     for ax, (data, names) in zip(axes, panels.items(), strict=True):
         for i, runs in enumerate(names.values()):
             plot_pair(ax, i, runs)
+        if data in best:
+            ax.axhline(np.mean(best[data]), color="black", ls=":", label="ERM's best epoch")
         ticks = [name.removeprefix("finetune-") for name in names]
         ax.set_xticks(range(len(names)), ticks, rotation=35, ha="right")
         ax.set_title(data)
         ax.grid(axis="y")
     axes[0].set_ylabel("test worst-group accuracy (%)")
     handles = axes[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=2)
+    fig.legend(*handles, loc="outside lower center", ncols=3)
     fig.suptitle("Mean, standard deviation and single runs")
     path.parent.mkdir(parents=True, exist_ok=True)
     common.write(path.parent, {path.name: fig})

@@ -188,6 +188,9 @@ def test_the_head_is_what_pretrained_cfg_says():
     assert list(common.prunable_weights(model)) == ["1.weight", "2.weight"]
     model.pretrained_cfg = {"classifier": None}  # as of networks that timm builds without a head
     assert common.head_names(model) == ("3",)
+    model.pretrained_cfg = {"classifier": "0"}
+    model[0] = torch.nn.Identity()  # what timm leaves of a head that is taken off
+    assert common.head_names(model) == ("3",)
 
 
 def test_networks_without_neurons():
@@ -304,6 +307,33 @@ def test_a_weight_that_eval_mode_skips_has_a_gradient_of_0():
     assert not found["skipped.weight"].any()
 
 
+def test_mean_gradient_of_a_network_of_16_bits():
+    """500 batches of two images: in bf16 itself the sum would stop to grow long before the end."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    model.bfloat16()
+    x = torch.randn(1000, 4).bfloat16()
+    y = (x[:, 0] > 0).long()
+    weights = common.prunable_weights(model)
+    found = common.mean_gradient(model, weights, zip(x.split(2), y.split(2), strict=True))
+    at_once = common.mean_gradient(model, weights, [(x, y)])
+    assert found["0.weight"].dtype == torch.float32
+    assert found["0.weight"].norm().item() == pytest.approx(
+        at_once["0.weight"].norm().item(), rel=0.02
+    )
+
+
+def test_mean_gradient_leaves_the_images_alone():
+    """Also where a network overwrites what it is given."""
+    model = torch.nn.Sequential(
+        torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+    )
+    x = torch.randn(2, 4)
+    before = x.clone()
+    common.mean_gradient(model, common.prunable_weights(model), [(x, torch.tensor([0, 1]))])
+    assert torch.equal(x, before)
+
+
 # ---- changes of weights ----
 
 
@@ -333,6 +363,21 @@ def test_masked_modified_and_as_it_was(unit, index, how):
     assert not masks["conv1.weight"][place].any()
     masks["conv1.weight"][place] = True
     assert masks["conv1.weight"].all()
+
+
+def test_modified_under_autocast():
+    """Autocast keeps copies of weights in 16 bits, which would outlive the change."""
+    model = network()
+    weights = common.prunable_weights(model)
+    neurons = [("conv1.weight", index) for index in range(32)]
+    x = make_batches((2,))[0][0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        with modified(weights, neurons):
+            inside = model(x)
+        after = model(x)
+    assert not torch.equal(inside, before)
+    assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize(
@@ -549,3 +594,16 @@ def test_one_pass_runs_what_lies_before_a_changed_layer_once():
         passes(model, x, variants, weights)
     assert calls.count("stem") == 1
     assert calls.count("last") == 4
+
+
+def test_one_pass_of_two_networks():
+    """One after the other through the same object: each gives its own logits."""
+    passes = common.OnePass()
+    x = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        for bias in (0, 1):
+            model = Odd(branching=False).eval()
+            model.head.bias += bias
+            weights = common.prunable_weights(model)
+            logits, _ = passes(model, x, [{"neurons": [("last.weight", 0)]}], weights)
+            assert torch.equal(logits, model(x.clone()))

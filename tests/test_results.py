@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 import common
@@ -467,7 +466,7 @@ def test_lines_of_a_trace_are_named_as_ever():
         "Table 13: gradient random-noise top 2 sigma 0.02": of(
             **noise, criterion="gradient", split="train", sigma=0.02
         ),
-        "Table 14: Figure 5 (right) magnitude random-noise top 2 sigma 0.005": of(
+        "Table 14: Figure 5, magnitude random-noise top 2 sigma 0.005": of(
             **noise, criterion="magnitude", sigma=0.005
         ),
         "Matrix: magnitude, test images": of(**zero, criterion="magnitude", split="test"),
@@ -556,10 +555,20 @@ def test_a_line_with_settings_that_no_longer_count_is_replaced(kept, tmp_path):
     assert found == [("r0", 0.7), ("r1", 0.8)]
 
 
-def test_figure_6_by_hand():
-    run = {"reports": {"before": {"acc_worst": 0.2}, "test": {"acc_worst": 0.5}}}
-    ax = Figure().subplots()
-    compare.plot_pair(ax, 0, [run])
+def test_figure_6_by_hand(monkeypatch, tmp_path):
+    """Bars before and after, in this order, and a line at the mean of ERM's best epoch."""
+    written = {}
+    monkeypatch.setattr(common, "write", lambda _, files: written.update(files))
+    about = {"source": "birds", "arch": "net", "settings": {}}
+    reports = {"before": {"acc_worst": 0.2}, "test": {"acc_worst": 0.5}}
+    records = [{**about, "stage": "finetune", "name": "finetune", "reports": reports}]
+    for accuracy in (0.6, 0.7):
+        reports = {"test": {"acc_worst": accuracy}}
+        records.append({**about, "stage": "erm", "name": "erm", "reports": reports})
+    compare.plot(records, tmp_path / "f.png")
+    (ax,) = written["f.png"].axes
+    (line,) = [line for line in ax.lines if line.get_label() == "ERM's best epoch"]
+    assert line.get_ydata() == pytest.approx([65, 65])
     bars = [bars for bars in ax.containers if hasattr(bars, "patches")]  # and not whiskers
     assert [(bar.get_label(), bar[0].get_height()) for bar in bars] == [
         ("before", 20),

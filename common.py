@@ -754,8 +754,8 @@ def reopen(path, data=None, device="cpu"):
     now = table.fingerprint("train", "val")
     if source.get("labels", now) != now:
         raise BadInput(
-            f"labels or file names of {table.source} changed since {path} was trained on them; "
-            "train again"
+            f"labels or file names of {table.source}, or their order, changed since {path} was "
+            "trained on them; train again"
         )
     return model, checkpoint, table
 
@@ -1456,6 +1456,7 @@ def open_traced(args):
     print(f"{sum(counts.values())} neurons ({args.unit}s) in {len(counts)} layers")
     about = {
         "source": table.source,
+        "labels": table.fingerprint("train", "val"),
         "arch": checkpoint["arch"],
         "checkpoint": str(args.checkpoint),
         "epoch": checkpoint["epoch"],
@@ -1727,6 +1728,12 @@ def earlier_run(folder, args, defaults, names, test_labels, **inputs):
     check_own(folder, names)
     ended = (folder / "results.json").exists()
     if not ended and not (folder / "last.pt").exists():
+        # What no kill leaves: an epoch writes last.pt before best.pt
+        if (folder / "best.pt").exists() and not args.overwrite:
+            raise BadInput(
+                f"{folder} has lost the last.pt of the run that its best.pt is of; bring it back, "
+                "or use another --run or --name, or --overwrite"
+            )
         return None, None
     changed = changed_settings(folder, args, defaults, inputs)
     shorter = False
@@ -1800,6 +1807,7 @@ def measure_selected(folder, model, test, table, log):
     return {
         "selected_epoch": row["epoch"],
         "splits": {"train": row["train"], "val": row["val"], **reports},
+        "network": fingerprint_of(model),
     }
 
 

@@ -445,6 +445,14 @@ def resolve(args, erm, table, weights):
     minority = any(group["minority"] for group in table.groups)
     if args.gradient_source == "minority" and not minority:
         raise BadInput("--gradient-source minority: no group of these data is one; use train")
+    takes_gradient = args.criterion == "mixed" or (
+        args.criterion in common.CRITERIA and common.needs_gradient(args.criterion)
+    )
+    if args.gradient_source == "minority" and not takes_gradient:
+        raise BadInput(
+            f"--gradient-source minority: --criterion {args.criterion} takes no gradient; use "
+            "gradient or mixed"
+        )
     if args.checkpoint.resolve().parent == (args.run / args.name).resolve():
         raise BadInput(f"{args.checkpoint} lies in the folder to be filled; choose another --name")
 

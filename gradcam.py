@@ -159,6 +159,7 @@ def main(args):
             "results.json": {
                 "stage": "gradcam",
                 "source": table.source,
+                "labels": table.fingerprint("train", "val"),
                 "arch": checkpoint["arch"],
                 "before": str(args.before),
                 "after": dict(zip(after, map(str, args.after), strict=True)),
@@ -313,12 +314,22 @@ def bootstrap(values, seed=0, resamples=1000):
 
 def read_mask(path, image_path, size):
     """The object's mask as the network sees it, bool (size, size). Raises BadInput if it is
-    unreadable, has more than 8 bits or another size, or is the image itself."""
-    advice = "expected a mask of its image's size, with 8 bits; replace it or take it away"
+    unreadable, has more than 8 bits, transparent pixels or another size, or is the image itself."""
+    advice = (
+        "expected a mask of its image's size, with 8 bits and nothing transparent; replace it or "
+        "take it away"
+    )
     with common.reading(path, advice), Image.open(path) as mask, Image.open(image_path) as image:
-        if mask.size != image.size or mask.mode[0] in "IF" or path.samefile(image_path):
+        see_through = mask.convert("RGBA").getextrema()[3][0] < 255
+        if (
+            mask.size != image.size
+            or mask.mode[0] in "IF"
+            or see_through
+            or path.samefile(image_path)
+        ):
             raise BadInput(
-                f"{path}: has {mask.size} pixels of mode {mask.mode}, its image {image_path} "
+                f"{path}: has {mask.size} pixels of mode {mask.mode}"
+                f"{', some transparent' if see_through else ''}, its image {image_path} "
                 f"{image.size}; {advice}"
             )
         grey = np.asarray(mask.convert("L"))

@@ -151,22 +151,34 @@ def read_runs(folders):
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
         folder = Path(os.path.abspath(folder))
-        one_stage = (folder / "results.json").exists()
+        one_stage = (folder / "args.json").exists()
         run = (folder.parent if one_stage else folder).resolve()
         paths = []
-        for path in sorted(run.glob("[!.]*/results.json")):
-            if path.with_name("args.json").exists():
-                paths.append(path)
-            else:
-                common.warn(f"{path} is not of this project, as no args.json is there; left out")
+        for stage in sorted(path for path in run.glob("[!.]*") if path.is_dir()):
+            ended = (stage / "results.json").exists()
+            known = (stage / "args.json").exists()
+            if ended and known:
+                paths.append(stage / "results.json")
+            elif known:
+                common.warn(f"{stage} is unfinished; left out")
+            elif ended:
+                common.warn(f"{stage} is not of this project, as no args.json is there; left out")
         if not paths:
             common.warn(f"{folder}: no finished stage there")
         for path in paths:
+            asked_for = one_stage and path.parent.name == folder.name
             if path not in found:
                 advice = "is it of a finished run of this project? Run its stage again"
                 with common.reading(path, advice):
-                    found[path] = check(make_record(path))
-            if path.parent.name == folder.name or not one_stage:
+                    record = check(make_record(path))
+                # Beside the stage of a run folder, a renamed one would count as another seed
+                if record["stage"] not in ("finetune", record["name"]) and not asked_for:
+                    common.warn(
+                        f"{path.parent} is a stage {record['stage']} under another name; left out"
+                    )
+                    continue
+                found[path] = record
+            if asked_for or not one_stage:
                 shown[path] = found[path]
     if not shown:
         raise BadInput(f"{folders[0]}: no finished run there (no RUN/NAME/results.json)")
@@ -208,7 +220,8 @@ def make_record(path):
         "name": path.parent.name,
         "stage": result["stage"],
         "source": str(Path(result["source"]).resolve()),
-        "labels": about.get("inputs", {}).get("labels"),  # of training stages
+        "labels": result.get("labels") or about.get("inputs", {}).get("labels"),
+        "test_labels": result.get("test_labels"),  # of training stages
         "arch": result["arch"],
         "unit": result.get("unit") or about["args"].get("unit", ""),
         "commit": (about.get("commit") or "")[:7],
@@ -229,11 +242,14 @@ def make_record(path):
     reports = dict(result.get("splits", {}))
     if record["stage"] == "finetune":
         reports["before"] = result["before"]["test"]
-        record["start"] = [result["start"], result["start_epoch"], about["inputs"]["start"]]
-    elif "network" in result:
-        record["start"] = [Path(result["checkpoint"]).name, result["epoch"], result["network"]]
+        file = file_of(about["args"]["checkpoint"])
+        record["start"] = [file, result["start_epoch"], about["inputs"]["start"]]
+    elif "checkpoint" in result:
+        record["start"] = [file_of(result["checkpoint"]), result["epoch"], result["network"]]
     elif "networks" in result:
         record["networks"] = result["networks"]
+    elif record["stage"] == "erm":
+        record["network"] = result.get("network")  # of its best epoch
 
     # Counts and accuracies of each split, of training stages; lines of a table, of the others
     for split, report in reports.items():
@@ -251,6 +267,11 @@ def make_record(path):
         cells = record["lines"].setdefault(line, {})
         cells[column] = [round(value, 3) for value in values]
     return record
+
+
+def file_of(checkpoint):
+    """What a checkpoint is called wherever its run lies, such as erm/best.pt."""
+    return "/".join(Path(checkpoint).parts[-2:])
 
 
 def compared(args):
@@ -376,7 +397,9 @@ def check(record):
 def identity(record):
     """Where a record stands in numbers.jsonl; of those at one place the later stays."""
     keys = ("source", "labels", "arch", "run", "stage", "name", "seed", "settings")
-    return json.dumps([record.get(key) for key in keys], sort_keys=True)
+    erm = record.get("erm", {}).get("settings")
+    start = record.get("start", [None])[0]
+    return json.dumps([*(record.get(key) for key in keys), erm, start], sort_keys=True)
 
 
 def read_store(path):
@@ -416,8 +439,9 @@ def warn_of_differences(records):
             settings["attributes"] = None  # the default, which older versions wrote for any data
         if "start" in run:
             settings["start"] = run["start"][0]
-        if run.get("labels"):
-            settings["labels"] = run["labels"]
+        for key in ("labels", "test_labels"):
+            if run.get(key):
+                settings[key] = run[key]
         if "erm" in run:
             for key, value in run["erm"]["settings"].items():
                 # Of stage 1 they are the same, but that weights are known by their content
@@ -480,16 +504,21 @@ def contents(run):
 
 
 def warn_of_other_starts(found):
-    """Later stages should come from the ERM training that lies beside them, {path: record}; it may
-    have been run anew since."""
+    """Later stages should come from the ERM training that lies beside them, {path: record}, and
+    from its best epoch if they say so; it may have been run anew since, or extended."""
     for path, run in found.items():
         beside = found.get(path.parents[1] / "erm/results.json", {})
+        best = run.get("networks", {}).get("erm")  # of Grad-CAM
+        if "start" in run and run["start"][0] == "erm/best.pt":
+            best = run["start"][-1]
         ids = [record.get("erm", {}).get("id") for record in (run, beside)]
-        if None not in ids and ids[0] != ids[1]:
-            common.warn(
-                f"{path.parent} does not come from the network in {path.parents[1]}/erm; was ERM "
-                "run again since?"
-            )
+        for pair in (ids, [best, beside.get("network")]):
+            if None not in pair and pair[0] != pair[1]:
+                common.warn(
+                    f"{path.parent} does not come from the network in {path.parents[1]}/erm; was "
+                    "ERM run again, or extended, since?"
+                )
+                break
 
 
 def warn_of_two_controls(found):
@@ -609,20 +638,20 @@ def accuracies(shown, *_):
 
 def differences(shown, found, _):
     tuned = of_stage(shown, "finetune")
-    # By data and run folder: what the paper compares the method with, and its other settings with
-    best = {(data_of(run), run["run"]): worst(run) for run in of_stage(found, "erm")}
+    # What the paper compares the method with, and its other settings with
+    best = {family(run): worst(run) for run in of_stage(found, "erm")}
     default = {}
     for run in of_stage(found, "finetune"):
         if run["name"] == "finetune":
-            default[data_of(run), run["run"]] = worst(run)
+            default[family(run)] = worst(run)
     for run in tuned:
-        beside = data_of(run), run["run"]
+        of = family(run)
         yield data_of(run), run["name"], "worst group", worst(run)
         yield data_of(run), run["name"], "minus before", worst(run) - worst(run, "before")
-        if beside in best:
-            yield data_of(run), run["name"], "minus ERM's best", worst(run) - best[beside]
-        if beside in default and run["name"] != "finetune" and run["settings"]["method"] != "erm":
-            yield data_of(run), run["name"], "minus finetune", worst(run) - default[beside]
+        if of in best:
+            yield data_of(run), run["name"], "minus ERM's best", worst(run) - best[of]
+        if of in default and run["name"] != "finetune" and run["settings"]["method"] != "erm":
+            yield data_of(run), run["name"], "minus finetune", worst(run) - default[of]
     for column, (key, value) in CONTROLS.items():
         control = controls(found, key, value)
         for run in tuned:
@@ -646,7 +675,14 @@ def controls(found, key, value):
 def budget(run):
     """What a fine-tuning and its control have in common."""
     settings = [run["settings"][key] for key in BUDGET]
-    return json.dumps([data_of(run), run["run"], run["start"], run["seed"], settings])
+    return json.dumps([*family(run), run["start"], run["seed"], settings])
+
+
+def family(run):
+    """What all training stages of one run folder have in common: data, folder, ERM training and
+    test images."""
+    erm = run.get("erm", {}).get("id")
+    return data_of(run), run["run"], erm, run.get("test_labels")
 
 
 def erm_groups(shown, *_):

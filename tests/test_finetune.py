@@ -434,6 +434,8 @@ def test_the_same_command_and_others(run, capsys):
     assert again.partition("\n\n")[2] + f"wrote {run}/a/\n" == table
     with pytest.raises(common.BadInput, match="lam 0.2, now 0.3"):
         finetune(run, "a", "--epochs 1 --lam 0.3")
+    with pytest.raises(common.BadInput, match="--criterion magnitude takes no gradient"):
+        finetune(run, "b", "--gradient-source minority")
     shutil.copy(run / "erm/epoch_003.pt", run / "erm/best.pt")  # as if ERM had been run again
     with pytest.raises(common.BadInput, match="the start changed"):
         finetune(run, "a", "--epochs 2")

@@ -274,11 +274,17 @@ def test_masks_go_the_way_of_the_images(tmp_path):
     for name, mask in masks.items():
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     (tmp_path / "unreadable.png").write_text("no mask")
+    for name, opacity in (("opaque", 0 * pixels + 255), ("cut-out", pixels)):
+        mask = Image.fromarray(np.stack([pixels] * 3 + [opacity], -1))
+        mask.save(tmp_path / f"{name}.png")
     for size in (224, 130):  # of 256 and 149
         expected = common.make_transform(size)(common.read_image(image))[0] > 127
         assert 0 < expected.float().mean() < 1
         assert torch.equal(read_mask(tmp_path / "m.png", image, size), expected)
+        assert torch.equal(read_mask(tmp_path / "opaque.png", image, size), expected)
     assert not read_mask(tmp_path / "empty.png", image, 224).any()
+    with pytest.raises(BadInput, match="cut-out.png: .* some transparent"):
+        read_mask(tmp_path / "cut-out.png", image, 224)
     for name in ("another size.png", "unreadable.png", "deep.png", "i.jpg"):  # itself
         with pytest.raises(BadInput, match=f"{name}: .*of its image's size"):
             read_mask(tmp_path / name, image, 224)

@@ -51,6 +51,7 @@ def put(folder, worst=0.5, before=0.2, result=None, start="w", **args):
         "batch_size": 128,
         "augment": "none",
         "method": "contrastive",
+        "checkpoint": "r/erm/best.pt",
         "device": "cpu",
         **args,
     }
@@ -130,7 +131,7 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     (alone_in_r0,) = table("differences", r0 / "finetune").values()  # its controls lie beside it
     assert alone_in_r0 == ["50.0 (1)", "30.0 (1)", "20.0 (1)", "10.0 (1)"]
     rows = table("wga", r0, r1, alone)
-    assert rows[DATA, "before: best.pt"][0].endswith("(5)")  # two starts in r0 and r1
+    assert rows[DATA, "before: erm/best.pt"][0].endswith("(5)")  # two starts in r0 and r1
     assert rows[DATA, "ERM, selected epoch"] == ["20.0 (1)", "70.0 (1)", "90.0 (1)"]
     assert table("groups", alone)[DATA, "G1* kind 1"] == ["90.0 (1)", "10.0 (1)", "20.0 (1)"]
 
@@ -293,7 +294,45 @@ def test_folders_that_are_not_ours_and_links(tmp_path, capsys):
     (tmp_path / "r/tool/results.json").write_text("{}")
     cells = table("differences", tmp_path / "r/finetune")
     assert cells[DATA, "finetune"][2] == "10.0 (1)"  # minus ERM's best
-    assert "tool/results.json is not of this project" in capsys.readouterr().err
+    assert "r/tool is not of this project" in capsys.readouterr().err
+    (tmp_path / "r/results.json").write_text("{}")  # somebody's own
+    assert (DATA, "ERM, selected epoch") in table("wga", tmp_path / "r")
+
+
+def test_stages_under_other_names_and_unfinished_ones(tmp_path, capsys):
+    """An ERM run that was renamed would count as another seed, and be what gains are over."""
+    put(tmp_path / "r/erm", 0.4, result={"stage": "erm"})
+    put(tmp_path / "r/erm-older", 0.9, result={"stage": "erm"})
+    put(tmp_path / "r/finetune", 0.5)
+    put(tmp_path / "r/lam1")
+    (tmp_path / "r/lam1/results.json").unlink()
+    assert table("differences", tmp_path / "r")[DATA, "finetune"][2] == "10.0 (1)"
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"warning: {tmp_path}/r/lam1 is unfinished; left out",
+        f"warning: {tmp_path}/r/erm-older is a stage erm under another name; left out",
+    ]
+    rows = table("wga", tmp_path / "r/erm-older")  # asked for by name
+    assert rows[DATA, "ERM, selected epoch"][0] == "90.0 (1)"
+
+
+def test_other_test_images_are_no_pair(tmp_path, capsys):
+    for seed in range(2):
+        put(tmp_path / f"r{seed}/erm", 0.4, result={"stage": "erm", "test_labels": "all"})
+        put(tmp_path / f"r{seed}/finetune", 0.5, result={"test_labels": f"{seed}"}, seed=seed)
+    runs = [tmp_path / "r0", tmp_path / "r1"]
+    assert len(table("differences", *runs)[DATA, "finetune"]) == 2  # nothing over ERM's best
+    compare.warn_of_differences(compare.read_runs(runs)[1])
+    assert "finetune differ in more than the seed: test_labels\n" in capsys.readouterr().err
+
+
+def test_checkpoints_are_known_by_folder_and_file(tmp_path, capsys):
+    for seed, stage in enumerate(("erm", "finetune")):
+        put(tmp_path / f"r{seed}/two", seed=seed, checkpoint=f"runs/r{seed}/{stage}/best.pt")
+    rows = table("wga", tmp_path / "r0", tmp_path / "r1")
+    assert (DATA, "before: finetune/best.pt") in rows
+    compare.warn_of_differences(compare.read_runs([tmp_path / "r0", tmp_path / "r1"])[1])
+    assert "two differ in more than the seed: start\n" in capsys.readouterr().err
 
 
 def test_a_fine_tuning_of_another_erm_training_is_said(tmp_path, capsys):
@@ -306,8 +345,23 @@ def test_a_fine_tuning_of_another_erm_training_is_said(tmp_path, capsys):
     compare.read_runs([tmp_path / "r0/finetune", tmp_path / "r1"])
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}/r0/finetune does not come from the network in {tmp_path}/r0/erm; "
-        "was ERM run again since?\n"
+        "was ERM run again, or extended, since?\n"
     )
+
+
+def test_a_stage_of_an_earlier_best_epoch_is_said(tmp_path, capsys):
+    """ERM was extended, and another epoch is its best now."""
+    for network in ("epoch 1", "epoch 2"):
+        put(tmp_path / "r/erm", result={"stage": "erm", "network": network})
+        put(tmp_path / "r/finetune", start="epoch 1")
+        networks = {"networks": {"erm": "epoch 1", "finetune": "another"}, "focus": []}
+        put(tmp_path / "r/gradcam", result={"stage": "gradcam", **networks})
+        compare.read_runs([tmp_path / "r"])
+        said = capsys.readouterr().err
+        expected = ["finetune", "gradcam"] if network == "epoch 2" else []
+        lines = [f"r/{name} does not come from the network in" for name in expected]
+        assert said.count("\n") == len(lines)
+        assert all(line in said for line in lines)
 
 
 def test_what_the_scripts_write_is_read(erm_run, tmp_path, monkeypatch, capsys):
@@ -338,7 +392,7 @@ def test_what_the_scripts_write_is_read(erm_run, tmp_path, monkeypatch, capsys):
     (row,) = table("wga", run / "erm").values()
     results = common.read_json(run / "erm/results.json")
     assert row[0] == f"{100 * results['splits']['test']['acc_worst']:.1f} (1)"
-    assert (data, "before: epoch_002.pt") in table("wga", run)
+    assert (data, "before: erm/epoch_002.pt") in table("wga", run)
     rows = table("trace", run)
     changes = common.read_json(run / "trace/results.json")["changes"]
     (change,) = trace_neurons.pick(
@@ -352,6 +406,7 @@ def test_what_the_scripts_write_is_read(erm_run, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     _, shown = compare.read_runs([run, tmp_path / "r1"])
     assert len(compare.independent(shown)) == 5
+    assert len({record["labels"] for record in shown} - {None}) == 1
     said = "r1 repeats r0 in erm, finetune, gradcam, structured, trace (a copy, or"
     assert said in capsys.readouterr().err
 
@@ -542,6 +597,19 @@ def test_add_replaces_and_write_makes_the_page(kept, tmp_path, capsys):
     page = (tmp_path / "README.md").read_text()
     compare.main(compare.parse_args(["--write"]))
     assert (tmp_path / "README.md").read_text() == page
+
+
+def test_the_store_keeps_experiments_apart(kept, tmp_path):
+    """Folders of one name, with other settings of ERM: four more lines, and each fine-tuning is
+    compared with its own ERM."""
+    for experiment, size, worst in (("a", 32, 0.2), ("b", 64, 0.6)):
+        run = tmp_path / experiment / "r9"
+        put_pair(run, 0, worst, training=experiment, size=size)
+        compare.main(compare.parse_args([str(run), "--add", *kept[-2:]]))
+    records = [x for x in compare.read_store(tmp_path / "numbers.jsonl") if x["run"] == "r9"]
+    assert len(records) == 4
+    gains = [*compare.differences(records, records, None)]
+    assert [value for *_, column, value in gains if column == "minus ERM's best"] == [0, 0]
 
 
 def test_a_line_with_settings_that_no_longer_count_is_replaced(kept, tmp_path):

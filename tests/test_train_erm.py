@@ -352,8 +352,11 @@ def test_odd_counts_and_labels_that_change(train, tmp_path):
     assert "test has no image of" in train("--batch-size 16 --epochs 1", data=tmp_path)
     results, _, _ = content(tmp_path / "run/erm")
     assert results["splits"]["test"]["groups"][2]["acc"] is None
-    for name in ("last.pt", "results.json"):  # as after a kill in the first epoch
+    for name in ("last.pt", "results.json"):
         (tmp_path / "run/erm" / name).unlink()
+    said = train("--batch-size 16 --epochs 2", code=2, data=tmp_path)
+    assert "has lost the last.pt of the run that its best.pt is of" in said
+    (tmp_path / "run/erm/best.pt").unlink()  # as after a kill in the first epoch
     train("--batch-size 16 --epochs 2", data=tmp_path)
     assert common.read_json(tmp_path / "run/erm/args.json")["args"]["epochs"] == 2
     table[1][2], table[25][2] = table[25][2], table[1][2]

@@ -143,7 +143,7 @@ def main(args):
 def read_runs(folders):
     """Records of all stages of the run folders (the control of a stage may not have been asked
     for), and of those asked for."""
-    found = {}
+    runs = {}  # {run folder: {path of results.json: record}}
     shown = {}
     for folder in folders:
         if folder.is_file():  # such as an earlier Figure 6 in runs/*
@@ -153,41 +153,58 @@ def read_runs(folders):
         folder = Path(os.path.abspath(folder))
         one_stage = (folder / "args.json").exists()
         run = (folder.parent if one_stage else folder).resolve()
-        paths = []
-        for stage in sorted(path for path in run.glob("[!.]*") if path.is_dir()):
-            ended = (stage / "results.json").exists()
-            known = (stage / "args.json").exists()
-            if ended and known:
-                paths.append(stage / "results.json")
-            elif known:
-                common.warn(f"{stage} is unfinished; left out")
-            elif ended:
-                common.warn(f"{stage} is not of this project, as no args.json is there; left out")
-        if not paths:
-            common.warn(f"{folder}: no finished stage there")
-        for path in paths:
-            asked_for = one_stage and path.parent.name == folder.name
-            if path not in found:
-                advice = "is it of a finished run of this project? Run its stage again"
-                with common.reading(path, advice):
-                    record = check(make_record(path))
-                # Beside the stage of a run folder, a renamed one would count as another seed
-                if record["stage"] not in ("finetune", record["name"]) and not asked_for:
-                    common.warn(
-                        f"{path.parent} is a stage {record['stage']} under another name; left out"
-                    )
-                    continue
-                found[path] = record
-            if asked_for or not one_stage:
-                shown[path] = found[path]
+        if run not in runs:
+            runs[run] = read_stages(run)
+        for path, record in runs[run].items():
+            if one_stage:
+                wanted = path.parent.name == folder.name
+            else:
+                wanted = not is_renamed(record)
+            if wanted:
+                shown[path] = record
     if not shown:
         raise BadInput(f"{folders[0]}: no finished run there (no RUN/NAME/results.json)")
+    found = {}
+    for of_run in runs.values():
+        for path, record in of_run.items():
+            if not is_renamed(record):
+                found[path] = record
+            elif path not in shown:
+                common.warn(
+                    f"{path.parent} is a stage {record['stage']} under another name; left out"
+                )
     warn_of_other_starts(found)
-    name_by_labels(found.values())
-    shorten(found.values(), "source", 2)
-    shorten(found.values(), "run", 1)
+    records = {**found, **shown}.values()
+    name_by_labels(records)
+    shorten(records, "source", 2)
+    shorten(records, "run", 1)
     warn_of_two_controls(found.values())
     return list(found.values()), list(shown.values())
+
+
+def read_stages(run):
+    """Records of all finished stages of a run folder, {path of results.json: record}."""
+    records = {}
+    for folder in sorted(path for path in run.glob("[!.]*") if path.is_dir()):
+        path = folder / "results.json"
+        known = (folder / "args.json").exists()
+        if path.exists() and known:
+            advice = "is it of a finished run of this project? Run its stage again"
+            with common.reading(path, advice):
+                records[path] = check(make_record(path))
+        elif known:
+            common.warn(f"{folder} is unfinished; left out")
+        elif path.exists():
+            common.warn(f"{folder} is not of this project, as no args.json is there; left out")
+    if not records:
+        common.warn(f"{run}: no finished stage there")
+    return records
+
+
+def is_renamed(record):
+    """Whether it is of a stage whose folder has one name, and lies in another folder: beside the
+    stage itself it would count as another seed, so it is left out unless it was asked for."""
+    return record["stage"] not in ("finetune", record["name"])
 
 
 def name_by_labels(records):

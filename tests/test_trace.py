@@ -47,7 +47,7 @@ def on_planted(monkeypatch):
     linear.weight.data = head
     linear.bias.data = torch.tensor([0.0, -1])
     model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear)
-    table = SimpleNamespace(source="planted", groups=GROUPS)
+    table = SimpleNamespace(source="planted", groups=GROUPS, fingerprint=lambda *_: "labels")
     about = {"arch": "planted", "epoch": 1, "erm": {"id": "planted", "settings": {}}}
     monkeypatch.setattr(common, "reopen", lambda *_: (model, about, table))
     monkeypatch.setattr(common, "open_split", lambda *_: split)

@@ -1456,7 +1456,7 @@ def open_traced(args):
     print(f"{sum(counts.values())} neurons ({args.unit}s) in {len(counts)} layers")
     about = {
         "source": table.source,
-        "labels": table.fingerprint("train", "val"),
+        "labels": checkpoint["data"].get("labels"),  # reopen has compared them
         "arch": checkpoint["arch"],
         "checkpoint": str(args.checkpoint),
         "epoch": checkpoint["epoch"],

@@ -180,13 +180,7 @@ def critical_neurons(model, weights, images, logits, groups, args, epoch):
         places = torch.randperm(total, generator=generator)[:k].tolist()
         for name, index in common.locate(places, counts):
             rows.append({"criterion": "random", "parameter": name, "index": index, "score": ""})
-    if args.criterion in ("random", "none"):
-        criteria = []
-    elif args.criterion == "mixed":
-        criteria = ["magnitude", "gradient"]
-    else:
-        criteria = [args.criterion]
-    for criterion in criteria:
+    for criterion in scored_criteria(args.criterion):
         gradients = {}
         if common.needs_gradient(criterion):
             index = torch.arange(len(images))
@@ -212,6 +206,15 @@ def critical_neurons(model, weights, images, logits, groups, args, epoch):
                 }
             )
     return rows
+
+
+def scored_criteria(criterion):
+    """The criteria by whose scores neurons are chosen under --criterion, a list of names."""
+    if criterion in ("random", "none"):
+        return []
+    if criterion == "mixed":
+        return ["magnitude", "gradient"]
+    return [criterion]
 
 
 def auxiliary(model, x, masks):
@@ -445,9 +448,7 @@ def resolve(args, erm, table, weights):
     minority = any(group["minority"] for group in table.groups)
     if args.gradient_source == "minority" and not minority:
         raise BadInput("--gradient-source minority: no group of these data is one; use train")
-    takes_gradient = args.criterion == "mixed" or (
-        args.criterion in common.CRITERIA and common.needs_gradient(args.criterion)
-    )
+    takes_gradient = any(map(common.needs_gradient, scored_criteria(args.criterion)))
     if args.gradient_source == "minority" and not takes_gradient:
         raise BadInput(
             f"--gradient-source minority: --criterion {args.criterion} takes no gradient; use "

@@ -159,7 +159,7 @@ def main(args):
             "results.json": {
                 "stage": "gradcam",
                 "source": table.source,
-                "labels": table.fingerprint("train", "val"),
+                "labels": checkpoint["data"].get("labels"),  # reopen has compared them
                 "arch": checkpoint["arch"],
                 "before": str(args.before),
                 "after": dict(zip(after, map(str, args.after), strict=True)),

@@ -47,8 +47,9 @@ def on_planted(monkeypatch):
     linear.weight.data = head
     linear.bias.data = torch.tensor([0.0, -1])
     model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear)
-    table = SimpleNamespace(source="planted", groups=GROUPS, fingerprint=lambda *_: "labels")
-    about = {"arch": "planted", "epoch": 1, "erm": {"id": "planted", "settings": {}}}
+    table = SimpleNamespace(source="planted", groups=GROUPS)
+    erm = {"id": "planted", "settings": {}}
+    about = {"arch": "planted", "epoch": 1, "erm": erm, "data": {}}
     monkeypatch.setattr(common, "reopen", lambda *_: (model, about, table))
     monkeypatch.setattr(common, "open_split", lambda *_: split)
     monkeypatch.setattr(Figure, "savefig", lambda _, buffer, **__: buffer.write(b"a figure"))

@@ -506,15 +506,13 @@ class EpochOrder(Sampler):
 class Batches:
     """Batches (x, y, g, index) of Images, on the device: x (B, 3, S, S) float and normalised as the
     network takes it, or (B, V, 3, S, S) for V views; y, g and index (B,). Which images: by default
-    all, as they are stored; those of an order, an EpochOrder or lists of indices; or those of
-    parts, index tensors (n,), each of which is cut into batches of its own."""
+    all, as they are stored; those of index (n,); or those of an order, an EpochOrder or lists of
+    indices."""
 
-    def __init__(self, images, device="cpu", batch_size=128, workers=0, order=None, parts=None):
+    def __init__(self, images, device="cpu", batch_size=128, workers=0, index=None, order=None):
         if order is None:
-            parts = [torch.arange(len(images))] if parts is None else parts
-            order = [
-                batch.tolist() for part in parts for batch in part.split(batch_size) if len(batch)
-            ]
+            index = range(len(images)) if index is None else index.tolist()
+            order = [index[i : i + batch_size] for i in range(0, len(index), batch_size)]
         if workers and len(tempfile.gettempdir()) > 60:
             tempfile.tempdir = "/tmp"  # workers make sockets there, whose paths must be short
         self.images = images
@@ -706,8 +704,6 @@ def load_checkpoint(path, advice="train_erm.py and finetune_contrastive.py make 
     foreign."""
     with reading(path, advice):
         checkpoint = load_tensors(path)
-        # The ERM training that it comes from, which an older version did not name
-        checkpoint.setdefault("erm", {"id": None, "settings": checkpoint.get("args")})
         missing = [key for key in CHECKPOINT if key not in checkpoint]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
@@ -747,12 +743,8 @@ def reopen(path, data=None, device="cpu"):
     table of its data, or of `data` where they have moved. Raises BadInput if labels changed."""
     model, checkpoint = load_model(path, device)
     source = checkpoint["data"]
-    attributes = source["attributes"]
-    if "labels" not in source and tuple(attributes) == CELEBA:
-        attributes = None  # what older versions wrote for any data
-    table = read_table(data or source["source"], attributes)
-    now = table.fingerprint("train", "val")
-    if source.get("labels", now) != now:
+    table = read_table(data or source["source"], source["attributes"])
+    if source["labels"] != table.fingerprint("train", "val"):
         raise BadInput(
             f"labels or file names of {table.source}, or their order, changed since {path} was "
             "trained on them; train again"
@@ -931,7 +923,7 @@ def plot_epochs(log):
             split: [row[split]["groups"][j]["acc"] for row in log] for split in ("train", "val")
         }
     panels["training loss"] = {
-        name: [row.get("terms", {}).get(name) for row in log] for name in log[-1]["terms"]
+        name: [row["terms"].get(name) for row in log] for name in log[-1]["terms"]
     }
     epochs = [row["epoch"] for row in log]
     columns = min(len(panels), 6)
@@ -1435,8 +1427,7 @@ def add_tracing_flags(p):
     g.add_argument(
         "--seed",
         type=seed_int,
-        default=0,
-        help="draws samples, random neurons and, in stage 2, noise (0)",
+        help="draws samples, random neurons and, in stage 2, noise (that of ERM)",
     )
 
 
@@ -1448,6 +1439,8 @@ def open_traced(args):
     model, checkpoint, table = reopen(args.checkpoint, args.data, args.device)
     if args.max_per_group is None and is_built_in(table):
         args.max_per_group = 50
+    if args.seed is None:
+        args.seed = checkpoint["erm"]["settings"]["seed"]
     weights = prunable_weights(model)
     if args.unit == "auto":
         args.unit = choose_unit(weights)
@@ -1456,7 +1449,7 @@ def open_traced(args):
     print(f"{sum(counts.values())} neurons ({args.unit}s) in {len(counts)} layers")
     about = {
         "source": table.source,
-        "labels": checkpoint["data"].get("labels"),  # reopen has compared them
+        "labels": checkpoint["data"]["labels"],  # reopen has compared them
         "arch": checkpoint["arch"],
         "checkpoint": str(args.checkpoint),
         "epoch": checkpoint["epoch"],
@@ -1594,28 +1587,27 @@ def encode(name, content):
     return buffer.getbuffer()
 
 
-def write(folder, files):
+def write(folder, files, remove=()):
     """Write files, {name: content}, together: whatever happens, on a full disk or after a kill, no
     file is half-written, and where results.json stands, what was written with it is whole. Content:
-    see `encode`; of None the file is deleted, as it shows something older. Raises BadInput."""
+    see `encode`. remove: names of files that show something older. Raises BadInput."""
     made = {}  # {path: the new content, in a file beside it}
     try:
         for name, content in files.items():
             path = folder / name
-            if content is not None:
-                made[path] = path.with_name(f".{path.name}.new")
-                with open(made[path], "wb") as file:
-                    file.write(encode(name, content))
-                    file.flush()
-                    flush_to_disk(file)
+            made[path] = path.with_name(f".{path.name}.new")
+            with open(made[path], "wb") as file:
+                file.write(encode(name, content))
+                file.flush()
+                flush_to_disk(file)
+        # The old results.json goes first, and the new one comes last
         if "results.json" in files:
-            (folder / "results.json").unlink(missing_ok=True)
-        for name in files:
+            remove = ["results.json", *remove]
+        for name in remove:
             path = folder / name
-            if path in made:
-                os.replace(made[path], path)
-            else:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        for path in sorted(made, key=lambda path: path.name == "results.json"):
+            os.replace(made[path], path)
     except OSError as error:
         raise BadInput(f"{path.absolute()} cannot be written ({error.strerror})") from error
     finally:
@@ -1719,10 +1711,10 @@ def changed_settings(folder, args, defaults, inputs):
 
 
 def earlier_run(folder, args, defaults, names, test_labels, **inputs):
-    """What an earlier run left of a training stage, (last, results). (None, None): it starts from
-    the beginning. (the content of last.pt, None): it goes on from there, if only to draw a lost
-    figure or to measure other test images. (None, the content of results.json): it is finished. It
-    only reads. names: the files of the stage; test_labels: the fingerprint of the test images, for
+    """What an earlier run left in the folder of a training stage, as (last, results). Nothing to go
+    on from: (None, None). An unfinished run, or one that needs a lost figure or other test images:
+    the content of last.pt, and None. A finished one: None, and the content of results.json. Writes
+    nothing. names: the files of the stage; test_labels: the fingerprint of the test images, for
     which alone results.json holds; defaults, inputs: see changed_settings. Raises BadInput if the
     folder holds a run of other settings or inputs, or is damaged."""
     check_own(folder, names)
@@ -1817,14 +1809,12 @@ def begin(folder, stage, args, names, last, **inputs):
     open_folder(folder, names)
     if last is None and not args.overwrite and (folder / "last.pt").exists():
         raise BadInput(f"{folder} was filled by another process meanwhile; run the command again")
-    # In an order in which a kill leaves what starts anew: last.pt alone would be gone on from.
-    # args.json stays, as it says that the files are ours
-    gone = ["results.json"]
-    if last is None:
-        gone = ["last.pt", "results.json", *names]
+    # last.pt goes first: after a kill here the command begins again, while a last.pt that is left
+    # over would be continued
+    gone = ["last.pt", "results.json", *names] if last is None else ["results.json"]
     for name in gone:
         for path in folder.glob(name):
-            if name != "args.json":
+            if name != "args.json":  # which marks the files as ours
                 path.unlink()
     files = {"args.json": run_record(stage, args, **inputs)}
     if last is not None and selected(last["log"])["epoch"] == last["epoch"]:

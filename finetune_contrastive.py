@@ -191,7 +191,7 @@ def critical_neurons(model, weights, images, logits, groups, args, epoch):
             gradients = common.mean_gradient(
                 model,
                 weights,
-                common.Batches(images, args.device, args.batch_size, parts=[worst]),
+                common.Batches(images, args.device, args.batch_size, index=worst),
             )
         scores = common.score_neurons(weights, gradients, criterion, args.unit)
         if args.order == "smallest":
@@ -298,7 +298,7 @@ def main(args):
     masked = []  # rows of masked.csv, of all epochs
     if last:
         log = common.restore(folder, last, model, optimizer, scheduler)
-        masked = last.get("masked", [])  # which an older version does not have
+        masked = last["masked"]
 
     # What is learned from, and what is evaluated on
     views = 2 if args.method == "contrastive" and args.views == "two" else 1
@@ -443,19 +443,38 @@ def resolve(args, erm, table, weights):
         if args.checkpoint.resolve().parent == (args.run / "erm").resolve():
             epochs = erm_epochs(args.run)
         args.epochs = max(4, epochs // 5)
+    for key in unused_settings(args):
+        if getattr(args, key) != getattr(parse_args([]), key):
+            raise BadInput(
+                f"--{key.replace('_', '-')} {getattr(args, key)} changes nothing with --method "
+                f"{args.method} and --criterion {args.criterion}; leave it out"
+            )
     if args.unit == "auto":
         args.unit = common.choose_unit(weights)
     minority = any(group["minority"] for group in table.groups)
     if args.gradient_source == "minority" and not minority:
         raise BadInput("--gradient-source minority: no group of these data is one; use train")
-    takes_gradient = any(map(common.needs_gradient, scored_criteria(args.criterion)))
-    if args.gradient_source == "minority" and not takes_gradient:
-        raise BadInput(
-            f"--gradient-source minority: --criterion {args.criterion} takes no gradient; use "
-            "gradient or mixed"
-        )
     if args.checkpoint.resolve().parent == (args.run / args.name).resolve():
         raise BadInput(f"{args.checkpoint} lies in the folder to be filled; choose another --name")
+
+
+def unused_settings(args):
+    """The settings, a list of names, that change nothing under --method and --criterion."""
+    if args.method != "contrastive":
+        unused = ["criterion", "prune_fraction", "order", "unit", "gradient_source"]
+        unused += ["views", "temperature"]
+        if args.method == "erm":
+            unused += ["loss", "lam"]
+        return unused
+    scored = scored_criteria(args.criterion)
+    unused = []
+    if args.criterion == "none":
+        unused += ["prune_fraction", "unit"]
+    if not scored:
+        unused += ["order"]
+    if not any(map(common.needs_gradient, scored)):
+        unused += ["gradient_source"]
+    return unused
 
 
 def print_table(results):

@@ -150,31 +150,27 @@ def main(args):
         if without:
             common.warn(f"{without} of {len(test)} images have no mask, or an empty one")
         rows = focus_rows(scores, area, test.g, table.groups, before, after, args.seed)
-    common.write(
-        folder,
-        {
-            "args.json": common.run_record("gradcam", args),
-            "focus.csv": rows or None,
-            "fig10_gradcam.png": None,
-            "results.json": {
-                "stage": "gradcam",
-                "source": table.source,
-                "labels": checkpoint["data"].get("labels"),  # reopen has compared them
-                "arch": checkpoint["arch"],
-                "before": str(args.before),
-                "after": dict(zip(after, map(str, args.after), strict=True)),
-                "erm": checkpoint["erm"],
-                "networks": {name: common.fingerprint_of(model) for name, model in models.items()},
-                "layer": layer,
-                "grid": grid,
-                "target": args.target,
-                "classes": classes,
-                "images": images,
-                "without_mask": without,
-                "focus": rows,
-            },
-        },
-    )
+    results = {
+        "stage": "gradcam",
+        "source": table.source,
+        "labels": checkpoint["data"]["labels"],  # reopen has compared them
+        "arch": checkpoint["arch"],
+        "before": str(args.before),
+        "after": dict(zip(after, map(str, args.after), strict=True)),
+        "erm": checkpoint["erm"],
+        "networks": {name: common.fingerprint_of(model) for name, model in models.items()},
+        "layer": layer,
+        "grid": grid,
+        "target": args.target,
+        "classes": classes,
+        "images": images,
+        "without_mask": without,
+        "focus": rows,
+    }
+    files = {"args.json": common.run_record("gradcam", args), "results.json": results}
+    if rows:
+        files["focus.csv"] = rows
+    common.write(folder, files, remove=["focus.csv", "fig10_gradcam.png"])
     if args.masks:
         common.print_rows("Focus on the object over test images, with 95 % intervals", rows)
     else:

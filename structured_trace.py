@@ -50,7 +50,7 @@ def main(args):
     index = common.sample_groups(train.g, groups, args.max_per_group, whole=True, seed=args.seed)
 
     def batches(members):
-        return common.Batches(train, args.device, args.batch_size, args.workers, parts=[members])
+        return common.Batches(train, args.device, args.batch_size, args.workers, index=members)
 
     # Scores of all neurons: for each group or, where a criterion needs no gradient, for all of them
     gradients = {}
@@ -114,16 +114,18 @@ def main(args):
     summary = {}
     for criterion in (*common.CRITERIA, "random"):
         heat[criterion] = np.zeros((len(groups), len(counts)))
+        sizes = np.zeros_like(heat[criterion])
         for j in range(len(groups)):
             for at, layer in enumerate(counts):
-                heat[criterion][j, at] = np.mean(changes[criterion, j, layer])
-        summary[criterion] = summarize_layers(heat[criterion], list(counts), groups)
+                of_sets = changes[criterion, j, layer]
+                heat[criterion][j, at] = np.mean(of_sets)
+                sizes[j, at] = np.mean(np.abs(of_sets))
+        summary[criterion] = summarize_layers(heat[criterion], sizes, list(counts), groups)
     common.write(
         folder,
         {
             "args.json": common.run_record("structured", args),
             "layers.csv": rows,
-            "fig07_layers.png": None,
             "results.json": {
                 "stage": "structured",
                 **about,
@@ -133,16 +135,18 @@ def main(args):
                 "summary": summary,
             },
         },
+        remove=["fig07_layers.png"],
     )
     print_summary(summary, groups, args.k)
     common.write(folder, {"fig07_layers.png": plot_heat(heat, list(counts), groups, args.k)})
     print(f"wrote {folder}/")
 
 
-def summarize_layers(heat, layers, groups):
-    """Per group the mean change, the change of largest size and its layer; and how the minority
-    groups' change, summed in absolute value, is spread over the thirds of the network (None:
-    nothing changed)."""
+def summarize_layers(heat, sizes, layers, groups):
+    """Per group the mean change, the change of largest size and its layer; and how the size of the
+    minority groups' changes is spread over the thirds of the network (None: nothing changed). heat,
+    sizes (groups, layers): the mean change of the sets of neurons, and its mean size, |change|, in
+    which a rise and a drop by two random sets do not cancel."""
     of_groups = []
     for group, values in zip(groups, heat, strict=True):
         at = int(np.abs(values).argmax())
@@ -154,7 +158,7 @@ def summarize_layers(heat, layers, groups):
                 "layer": layers[at] if values[at] else "-",
             }
         )
-    minority = np.abs(heat[[group["minority"] for group in groups]]).sum(0)
+    minority = sizes[[group["minority"] for group in groups]].sum(0)
     thirds = None
     if minority.any():
         shares = [float(part.sum() / minority.sum()) for part in np.array_split(minority, 3)]

@@ -102,8 +102,8 @@ def main(args):
     common.open_folder(folder, FILES)
 
     # What there is to trace: accuracy over all images, and a sample of each group
-    def batches(images, parts=None):
-        return common.Batches(images, args.device, args.batch_size, args.workers, parts=parts)
+    def batches(images, index=None):
+        return common.Batches(images, args.device, args.batch_size, args.workers, index=index)
 
     splits = {}
     loaders = {}
@@ -124,9 +124,9 @@ def main(args):
             generator = torch.Generator().manual_seed(args.seed)
             of_group = (splits["train"].g == j).nonzero()[:, 0]
             members = common.worst_images(logits["train"], splits["train"].y, of_group, generator)
-        gradients[j] = common.mean_gradient(model, weights, batches(splits["train"], [members]))
+        gradients[j] = common.mean_gradient(model, weights, batches(splits["train"], members))
     gradients["all"] = common.mean_gradient(
-        model, weights, batches(splits["train"], index["train"])
+        model, weights, batches(splits["train"], torch.cat(index["train"]))
     )
 
     # Scores, and the critical sets: I_j for each group j or, where a criterion needs no gradient,
@@ -152,7 +152,7 @@ def main(args):
         rows += common.count_planned(
             model,
             planned,
-            (batches(images, [members]) for members in index[name]),
+            (batches(images, members) for members in index[name]),
             weights,
             args.unit,
             passes,
@@ -182,9 +182,9 @@ def main(args):
             "args.json": common.run_record("trace", args),
             "neurons.csv": neurons,
             "accuracy.csv": rows,
-            **dict.fromkeys(FIGURES),
             "results.json": results,
         },
+        remove=FIGURES,
     )
     print_changes(results["changes"], groups)
     if control:

@@ -148,14 +148,12 @@ def main(args):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
     log = []
-    training = None
     if last:
         log = common.restore(folder, last, model, optimizer, scheduler)
-        training = last["erm"]["id"]
-        if inputs["weights"] is None:  # the file is gone, and is known from the start
+        if inputs["weights"] is None:  # the file was deleted since, but last.pt has its hash
             inputs["weights"] = last["erm"]["settings"]["weights"]
-    erm = {  # of which training a checkpoint is, which later stages keep
-        "id": training,
+    erm = {  # what training this is, for checkpoints and later stages to carry along
+        "id": last["erm"]["id"] if last else None,  # set after the first epoch
         "settings": {
             **common.settings(args),
             "weights": inputs["weights"],
@@ -164,7 +162,7 @@ def main(args):
     }
 
     # What checkpoints say, what is learned from, and what is evaluated on
-    about = {
+    description = {
         "arch": args.arch,
         "n_classes": len(table.classes),
         "classes": table.classes,
@@ -178,7 +176,7 @@ def main(args):
         },
         "args": common.plain(args),
     }
-    train, loaders, test = common.training_batches(about, table, args)
+    train, loaders, test = common.training_batches(description, table, args)
     common.begin(folder, "erm", args, FILES, last, **inputs)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
@@ -217,7 +215,7 @@ def main(args):
         log.append(row)
         common.print_epoch(row, args.epochs)
 
-        checkpoint = {**about, "erm": erm, "epoch": epoch, "model": model.state_dict()}
+        checkpoint = {**description, "erm": erm, "epoch": epoch, "model": model.state_dict()}
         kept = {}
         if epoch in args.keep_epochs:
             kept[f"epoch_{epoch:03d}.pt"] = checkpoint
@@ -253,8 +251,8 @@ def draw_birds():
 
 
 def fingerprint_of_weights(weights):
-    """What is compared of --weights when a run goes on: a file is known by its content, and None
-    says that it is gone, as it is needed at the start alone."""
+    """How --weights is compared when a run is continued: a file by a hash of its content. None if
+    it was deleted, which does no harm after the start."""
     if weights in ("default", "none"):
         return weights
     if not Path(weights).is_file():

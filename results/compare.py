@@ -7,9 +7,10 @@
 A cell is the mean over run folders +- the sample standard deviation (n). Gains are paired by run
 folder and have the 95 % t-interval of their mean, [low, high] (n), instead. "ERM continued" is the
 run of --method erm, and "random" that of --criterion random, in the same run folder with the same
-start, epochs, learning rate, batch size, augmentation and seed; "finetune" is the run of that name
-in it, whatever its start and epochs. A copy of a run, and a run of the same settings and seed as
-another, count once. Data are known by their labels, wherever they lie.
+start, epochs, learning rate, batch size, augmentation and seed. "finetune" is the run of that name
+in it, whatever its start and epochs; "gradient" likewise, for other runs of --criterion gradient. A
+copy of a run, and a run of the same settings and seed as another, count once. Data are known by
+their labels, wherever they lie.
 Tracing: each group under the neurons selected by it; Matrix: every group under every set. Reads
 results.json and args.json of the stages; writes Figure 6.
 """
@@ -47,7 +48,6 @@ BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run share
 CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
 # Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
 PLACES = {*common.NOT_SETTINGS, "before", "after", "masks", "n", "seed"} - {"attributes", "weights"}
-PLACES.add("minority")  # which an earlier version kept among the arguments
 ARMS = {  # name of a run: what of Table 12, or its control, it is
     "finetune": "largest magnitude masked",
     "gradient": "largest gradient masked",
@@ -55,17 +55,19 @@ ARMS = {  # name of a run: what of Table 12, or its control, it is
     "none": "nothing masked",
     "supervised": "squared error alone",
 }
-# Changes that the paper's tables show: how their line's name begins, criterion, modification
+# Changes that the paper's tables show: how their line's name begins, criterion, modification, and
+# what the table has besides the first strength of noise, the smallest k and training images: every
+# "sigma", every "k", "test" images
 PAPER_TABLES = (
-    ("Table 3: ", "magnitude", "zero"),
-    ("Table 11: ", "gradient", "zero"),
-    ("Table 11: ", "gradient", "random-init"),
-    ("Table 13: ", "gradient", "zero"),
-    ("Table 13: ", "gradient", "random-noise"),
-    ("Table 14: Figure 4, ", "gradient", "random-init"),
-    ("Table 14: Figure 4, ", "magnitude", "random-init"),
-    ("Table 14: Figure 5, ", "gradient", "random-noise"),
-    ("Table 14: Figure 5, ", "magnitude", "random-noise"),
+    ("Table 3: ", "magnitude", "zero", {"k"}),
+    ("Table 11: ", "gradient", "zero", set()),
+    ("Table 11: ", "gradient", "random-init", {"sigma"}),
+    ("Table 13: ", "gradient", "zero", {"test"}),
+    ("Table 13: ", "gradient", "random-noise", {"sigma", "test"}),
+    ("Table 14: Figure 4, ", "gradient", "random-init", set()),
+    ("Table 14: Figure 4, ", "magnitude", "random-init", set()),
+    ("Table 14: Figure 5, ", "gradient", "random-noise", set()),
+    ("Table 14: Figure 5, ", "magnitude", "random-noise", set()),
 )
 
 
@@ -202,9 +204,9 @@ def read_stages(run):
 
 
 def is_renamed(record):
-    """Whether it is of a stage whose folder has one name, and lies in another folder: beside the
-    stage itself it would count as another seed, so it is left out unless it was asked for."""
-    return record["stage"] not in ("finetune", record["name"])
+    """Whether a stage lies in a folder of another name, such as erm-old. Beside the stage itself
+    it would count as a further seed, so it is left out unless it was asked for."""
+    return record["stage"] != "finetune" and record["stage"] != record["name"]
 
 
 def name_by_labels(records):
@@ -231,19 +233,19 @@ def shorten(records, key, length):
 def make_record(path):
     """What results.json and args.json of a stage say, as far as it is compared; plain types."""
     result = common.read_json(path)
-    about = common.read_json(path.with_name("args.json"))
+    recorded = common.read_json(path.with_name("args.json"))
     record = {
         "run": str(path.parents[1]),
         "name": path.parent.name,
         "stage": result["stage"],
         "source": str(Path(result["source"]).resolve()),
-        "labels": result.get("labels") or about.get("inputs", {}).get("labels"),
+        "labels": result.get("labels") or recorded.get("inputs", {}).get("labels"),
         "test_labels": result.get("test_labels"),  # of training stages
         "arch": result["arch"],
-        "unit": result.get("unit") or about["args"].get("unit", ""),
-        "commit": (about.get("commit") or "")[:7],
-        "seed": about["args"]["seed"],
-        "settings": compared(about["args"]),
+        "unit": result.get("unit") or recorded["args"].get("unit", ""),
+        "commit": (recorded.get("commit") or "")[:7],
+        "seed": recorded["args"]["seed"],
+        "settings": compared(recorded["args"]),
         "reports": {},
         "lines": {},
     }
@@ -259,8 +261,8 @@ def make_record(path):
     reports = dict(result.get("splits", {}))
     if record["stage"] == "finetune":
         reports["before"] = result["before"]["test"]
-        file = file_of(about["args"]["checkpoint"])
-        record["start"] = [file, result["start_epoch"], about["inputs"]["start"]]
+        file = file_of(recorded["args"]["checkpoint"])
+        record["start"] = [file, result["start_epoch"], recorded["inputs"]["start"]]
     elif "checkpoint" in result:
         record["start"] = [file_of(result["checkpoint"]), result["epoch"], result["network"]]
     elif "networks" in result:
@@ -328,17 +330,14 @@ def trace_lines(changes, few):
     have add."""
     own = [row for row in changes if row["selected_by"] == "own"]
     sigmas = [row["sigma"] for row in own if row["sigma"]]
-    for table, criterion, modification in PAPER_TABLES:
-        for row in own:
-            if row["criterion"] != criterion or row["modification"] != modification:
-                continue
-            if row["k"] > few and table != "Table 3: ":
-                continue
-            if row["split"] == "test" and table != "Table 13: ":
-                continue
-            if table.startswith("Table 14") and row["sigma"] != sigmas[0]:
-                continue
-            yield table + line_name(row), row
+    for table, criterion, modification, has in PAPER_TABLES:
+        for row in trace_neurons.pick(own, criterion=criterion, modification=modification):
+            if (
+                ("sigma" in has or row["sigma"] in ("", *sigmas[:1]))
+                and ("k" in has or row["k"] <= few)
+                and ("test" in has or row["split"] == "train")
+            ):
+                yield table + line_name(row), row
 
     zeroed = [row for row in changes if row["modification"] == "zero"]
     of_groups = {row["criterion"] for row in zeroed if row["selected_by"] != "own"}
@@ -399,11 +398,6 @@ def check(record):
     for key in ("source", "arch", "unit", "run", "name"):
         if not isinstance(record[key], str):
             raise TypeError(f"{key} {record[key]!r} is no text")
-    identity(record)
-    warn_of_differences([record])
-    independent([record])
-    for block in TABLES:
-        list(tables(block, [record], [record]))
     for split, report in record["reports"].items():
         for key in common.MEANS:
             if not 0 <= report[key] <= 1:
@@ -425,12 +419,7 @@ def read_store(path):
     for number, line in enumerate(lines, 1):
         advice = "mend it, or delete it and --add its run again"
         with common.reading(f"{path} line {number}", advice):
-            record = json.loads(line)
-            # An older version may have kept more, and equal runs are known by their settings
-            record["settings"] = compared(record["settings"])
-            if "erm" in record:
-                record["erm"]["settings"] = compared(record["erm"]["settings"])
-            records.append(check(record))
+            records.append(check(json.loads(line)))
     return records
 
 
@@ -452,8 +441,6 @@ def warn_of_differences(records):
     for run in records:
         settings = {**default_settings(run["stage"]), **run["settings"]}
         settings.pop("unit", None)  # runs of different units are not averaged
-        if settings.get("attributes") == list(common.CELEBA):
-            settings["attributes"] = None  # the default, which older versions wrote for any data
         if "start" in run:
             settings["start"] = run["start"][0]
         for key in ("labels", "test_labels"):
@@ -480,14 +467,13 @@ def warn_of_differences(records):
 
 
 def independent(records):
-    """The records without those that repeat an earlier one, which is said: a copy of it, or a run
-    of the same settings and seed, so that chance had no part in their agreement. A run is known by
-    what it holds and not by its folder; of older runs, which do not say enough, all are kept."""
+    """The records, each run once. A copy of a run, or a second run of the same settings and seed,
+    is left out with a warning, wherever it lies: chance has no part in their agreement."""
     first = {}
     kept = []
     repeated = {}
     for run in records:
-        keys = contents(run)
+        keys = identities(run)
         earlier = [first[key] for key in keys if key in first]
         if earlier:
             repeated.setdefault((run["run"], earlier[0]["run"]), []).append(run["name"])
@@ -502,9 +488,10 @@ def independent(records):
     return kept
 
 
-def contents(run):
-    """By what a run is known wherever it lies, as keys of which one that is equal is enough: the
-    training or network that it is of, and its settings with those of its ERM run."""
+def identities(run):
+    """What identifies a run wherever its folder lies: two keys, and two runs that share one of
+    them are the same run. One is its settings and seed with those of its ERM run, the other one the
+    training or the network that it is of."""
     if "erm" not in run:
         return []
     erm = run["erm"]
@@ -550,49 +537,14 @@ def warn_of_two_controls(found):
 
 # ---- statistics ----
 
-# The 97.5 % quantile of Student's t, {degrees of freedom: t}
-T_QUANTILES = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-    10: 2.228,
-    11: 2.201,
-    12: 2.179,
-    13: 2.160,
-    14: 2.145,
-    15: 2.131,
-    16: 2.120,
-    17: 2.110,
-    18: 2.101,
-    19: 2.093,
-    20: 2.086,
-    21: 2.080,
-    22: 2.074,
-    23: 2.069,
-    24: 2.064,
-    25: 2.060,
-    26: 2.056,
-    27: 2.052,
-    28: 2.048,
-    29: 2.045,
-    30: 2.042,
-    40: 2.021,
-    60: 2.000,
-    120: 1.980,
-    1000: 1.962,
-}
 
-
+@functools.cache
 def t_quantile(df):
-    """The 97.5 % quantile of Student's t; between the numbers of the table that of fewer degrees of
-    freedom, which makes intervals a little wider and never narrower."""
-    return T_QUANTILES[max(known for known in T_QUANTILES if known <= df)]
+    """The 97.5 % quantile of Student's t, by summing up its density, which with
+    t = sqrt(df) tan(angle) is proportional to cos(angle) ** (df - 1)."""
+    edges = np.linspace(0, np.pi / 2, 100_001)
+    area = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (df - 1))
+    return np.sqrt(df) * np.tan(np.interp(0.95 * area[-1], area, edges[1:]))
 
 
 def cell(values, sign=""):
@@ -640,7 +592,7 @@ def worst(run, split="test"):
     return 100 * run["reports"][split]["acc_worst"]
 
 
-def accuracies(shown, *_):
+def accuracies(shown, _):
     tuned = of_stage(shown, "finetune")
     starts = {}  # several runs have one start, which counts once
     for run in tuned:
@@ -653,22 +605,28 @@ def accuracies(shown, *_):
             yield data_of(run), row, column, 100 * run["reports"][split][key]
 
 
-def differences(shown, found, _):
+def differences(shown, found):
     tuned = of_stage(shown, "finetune")
-    # What the paper compares the method with, and its other settings with
+    # What the paper compares all runs with; and the two runs of default settings, by magnitude and
+    # by gradient, that those of other settings are compared with
     best = {family(run): worst(run) for run in of_stage(found, "erm")}
-    default = {}
+    defaults = {"finetune": {}, "gradient": {}}
     for run in of_stage(found, "finetune"):
-        if run["name"] == "finetune":
-            default[family(run)] = worst(run)
+        if run["name"] in defaults:
+            defaults[run["name"]][family(run)] = worst(run)
     for run in tuned:
         of = family(run)
         yield data_of(run), run["name"], "worst group", worst(run)
         yield data_of(run), run["name"], "minus before", worst(run) - worst(run, "before")
         if of in best:
             yield data_of(run), run["name"], "minus ERM's best", worst(run) - best[of]
-        if of in default and run["name"] != "finetune" and run["settings"]["method"] != "erm":
-            yield data_of(run), run["name"], "minus finetune", worst(run) - default[of]
+        if run["settings"]["method"] == "erm" or run["name"] == "finetune":
+            continue
+        if of in defaults["finetune"]:
+            yield data_of(run), run["name"], "minus finetune", worst(run) - defaults["finetune"][of]
+        by_gradient = run["settings"]["criterion"] == "gradient" and run["name"] != "gradient"
+        if by_gradient and of in defaults["gradient"]:
+            yield data_of(run), run["name"], "minus gradient", worst(run) - defaults["gradient"][of]
     for column, (key, value) in CONTROLS.items():
         control = controls(found, key, value)
         for run in tuned:
@@ -702,7 +660,7 @@ def family(run):
     return data_of(run), run["run"], erm, run.get("test_labels")
 
 
-def erm_groups(shown, *_):
+def erm_groups(shown, _):
     for run in of_stage(shown, "erm"):
         for split in common.SPLITS:
             report = run["reports"][split]
@@ -713,7 +671,7 @@ def erm_groups(shown, *_):
                     yield data_of(run), group, split, 100 * correct / n
 
 
-def table_lines(shown, _, stage):
+def table_lines(stage, shown, _):
     for run in of_stage(shown, stage):
         of = data_of(run)
         if run["unit"]:
@@ -735,14 +693,14 @@ GAINS = {  # fine-tuning and what it is compared with: the claim that rests on i
 }
 
 
-def claims(shown, found, _):
+def claims(shown, found):
     """What the verdicts of the report rest on, in points: a row a quantity, in the order of the
     claims, and a column a data set and network."""
     entries = []
     for run in shown:
         for row, value in claims_of(run):
             entries.append(("all data sets and networks", row, data_of(run), value))
-    for data, name, column, value in differences(shown, found, None):
+    for data, name, column, value in differences(shown, found):
         if (name, column) in GAINS:
             entries.append(("all data sets and networks", GAINS[name, column], data, value))
     yield from sorted(entries, key=lambda entry: int(entry[1].partition(":")[0]))
@@ -772,7 +730,7 @@ def claims_of(run):
             if line == own:
                 number = claim if column.endswith("*") else 4
                 yield f"{number}: largest {criterion} zeroed, {column}", value
-            if line == f"{own}, test images":
+            if line == f"{own}, test images" and column.endswith("*"):
                 more = cells[own, column] - value
                 yield f"5: largest {criterion} zeroed, training minus test, {column}", more
             if line == f"Control: {criterion} minus random ones of the same layers":
@@ -781,11 +739,9 @@ def claims_of(run):
                 yield f"8: largest {criterion} of a layer minus random ones, {column}", value
         if column == "first third, %" and not line.startswith("Control"):
             yield f"7: first third's share of the change, {line}, %", value
-        if line == "mass, finetune - erm" and column.endswith("*"):
-            yield f"12: mass on the object, after minus before, {column}", value
-            if ("mass, erm-continued - erm", column) in cells:
-                more = value - cells["mass, erm-continued - erm", column]
-                yield f"12: mass on the object, minus ERM continued, {column}", more
+        control = cells.get(("mass, erm-continued - erm", column))
+        if line == "mass, finetune - erm" and column.endswith("*") and control is not None:
+            yield f"12: mass on the object, minus ERM continued, {column}", value - control
 
 
 # ---- tables and figures ----
@@ -794,9 +750,21 @@ TABLES = {  # what is averaged, how its mean is written, what it is
     "wga": (accuracies, cell, "test accuracy in %, mean +- sd (n)"),
     "differences": (differences, cell, "test worst group in %, and its paired gain [95 %]"),
     "groups": (erm_groups, cell, "accuracy of ERM at the selected epoch in %"),
-    "trace": (table_lines, signed, "change in accuracy in points"),
-    "structured": (table_lines, cell, "minorities' change, share of it and mean of all layers"),
-    "gradcam": (table_lines, signed, "focus on the object, after minus before, points"),
+    "trace": (
+        functools.partial(table_lines, "trace"),
+        signed,
+        "change in accuracy in points",
+    ),
+    "structured": (
+        functools.partial(table_lines, "structured"),
+        cell,
+        "minorities' change, share of it and mean of all layers",
+    ),
+    "gradcam": (
+        functools.partial(table_lines, "gradcam"),
+        signed,
+        "focus on the object, after minus before, points",
+    ),
     "claims": (claims, with_interval, "what the verdicts rest on, in points, mean [95 %] (n)"),
 }
 
@@ -805,7 +773,7 @@ def tables(block, shown, found):
     """Tables of a block, one a data set and network: (heading, header, rows of text)."""
     entries, form, what = TABLES[block]
     by_data = {}
-    for data, row, column, value in entries(shown, found, block):
+    for data, row, column, value in entries(shown, found):
         if not np.isfinite(value):
             raise ValueError(f"{row}, {column}: {value}")
         rows, columns = by_data.setdefault(data, ({}, {}))
@@ -828,15 +796,16 @@ def with_tables(page, records):
     advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
     with common.reading(page, advice):
         text = page.read_text(encoding="utf-8")
-        new, n = re.subn(
-            "<!-- numbers: (.*?) -->.*?<!-- end -->",
-            lambda marker: marked_tables(marker[1], records),
-            text,
-            flags=re.DOTALL,
-        )
-        if n != text.count("<!-- numbers:"):
-            raise ValueError("a marker has no end")
-    return new
+    markers = re.findall("<!-- numbers: (.*?) -->.*?<!-- end -->", text, flags=re.DOTALL)
+    blocks = {re.split("[@ ]", marker)[0] for marker in markers}
+    if len(markers) != text.count("<!-- numbers:") or not blocks <= set(TABLES):
+        raise BadInput(f"{page}: a marker has no end, or names an unknown block; {advice}")
+    return re.sub(
+        "<!-- numbers: (.*?) -->.*?<!-- end -->",
+        lambda marker: marked_tables(marker[1], records),
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def marked_tables(marker, records):
@@ -849,6 +818,11 @@ def marked_tables(marker, records):
         rows = [row for row in rows if re.search(row_pattern, row[0])]
         if rows and re.search(data_pattern, heading):
             made += f"{heading}:\n\n"
+            # Without columns of which these rows have nothing
+            columns = [
+                column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}
+            ]
+            header, *rows = zip(*columns, strict=True)
             for row in [header, ["---"] * len(header), *rows]:
                 line = " | ".join(row).replace("*", r"\*")
                 made += f"| {line} |\n"
@@ -916,7 +890,7 @@ def plot_gains(records):
     """Test worst-group accuracy minus that of ERM continued, a row for each data set and network
     and each kind of fine-tuning: mean, 95 % interval and single seeds."""
     gains = {}
-    for data, name, column, value in differences(records, records, None):
+    for data, name, column, value in differences(records, records):
         if column == "minus ERM continued" and name in ARMS:
             gains.setdefault(data, {}).setdefault(name, []).append(value)
     fig = Figure(figsize=(7.5, 1 + 1.3 * len(gains)))

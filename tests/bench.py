@@ -150,7 +150,7 @@ def passes(name, table, arch, size, n, batch_size, goals):
         machine["device"],
         batch_size,
         workers,
-        parts=[torch.arange(order.n)],
+        index=torch.arange(order.n),
     )
 
     def forward():

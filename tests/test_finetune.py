@@ -180,7 +180,7 @@ def chosen(**changed):
     images.mean = [0.0, 0.0, 0.0]
     images.std = [1.0, 1.0, 1.0]
     logits = F.one_hot(y ^ (i % 2)) * i[:, None] / 100
-    args = arguments(prune_fraction=0.1, **changed)
+    args = arguments(**{"prune_fraction": 0.1, **changed})
     weights = common.prunable_weights(model)
     groups = [{"minority": group == 1} for group in range(4)]
     rows = stage.critical_neurons(model, weights, images, logits, groups, args, 1)
@@ -208,6 +208,39 @@ def test_seven_hundredths_of_a_hundred_are_seven():
     weights = {"a": torch.zeros(100, 1)}
     args = arguments(criterion="random", prune_fraction=0.07)
     assert len(stage.critical_neurons(None, weights, None, None, [], args, 1)) == 7
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient", "mixed", "random", "none"])
+@pytest.mark.parametrize("method", ["contrastive", "supervised", "erm"])
+def test_settings_that_change_nothing(method, criterion):
+    """Those that are refused change neither the mask nor a term of the loss; all others do."""
+
+    def outcome(**changed):
+        changed = {"method": method, "criterion": criterion, **changed}
+        found, model, images = chosen(**changed)
+        if method != "contrastive":
+            found = []
+        args = arguments(**changed)
+        neurons = [("0.weight", index) for _, index in found]
+        masks = common.neuron_masks(common.prunable_weights(model), neurons, args.unit)
+        x, y, *_ = images[:8]
+        return found, stage.losses(model, x / 255, y, masks, args)
+
+    others = {
+        "prune_fraction": 0.5,
+        "order": "smallest",
+        "unit": "weight",
+        "temperature": 0.1,
+        "loss": "ce",
+        "lam": 3.0,
+    }
+    unused = stage.unused_settings(arguments(method=method, criterion=criterion))
+    assert ("criterion" in unused) == ("views" in unused) == (method != "contrastive")
+    takes_gradient = method == "contrastive" and criterion in ("gradient", "mixed")
+    assert ("gradient_source" in unused) != takes_gradient
+    for setting, value in others.items():
+        same = outcome(**{setting: value}) == outcome()
+        assert same == (setting in unused), setting
 
 
 def test_largest_and_smallest():
@@ -434,8 +467,13 @@ def test_the_same_command_and_others(run, capsys):
     assert again.partition("\n\n")[2] + f"wrote {run}/a/\n" == table
     with pytest.raises(common.BadInput, match="lam 0.2, now 0.3"):
         finetune(run, "a", "--epochs 1 --lam 0.3")
-    with pytest.raises(common.BadInput, match="--criterion magnitude takes no gradient"):
+    words = "--gradient-source minority changes nothing with .* --criterion magnitude; leave it out"
+    with pytest.raises(common.BadInput, match=words):
         finetune(run, "b", "--gradient-source minority")
+    with pytest.raises(
+        common.BadInput, match="--criterion random changes nothing with --method erm"
+    ):
+        finetune(run, "b", "--method erm --criterion random")
     shutil.copy(run / "erm/epoch_003.pt", run / "erm/best.pt")  # as if ERM had been run again
     with pytest.raises(common.BadInput, match="the start changed"):
         finetune(run, "a", "--epochs 2")

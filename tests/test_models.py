@@ -23,6 +23,7 @@ ABOUT = {
     "epoch": 7,
     "data": {},
     "args": {},
+    "erm": {},
 }
 
 
@@ -269,31 +270,6 @@ def test_a_checkpoint_of_an_unfinished_stage_is_refused(tmp_path, name):
         assert_body(load_model(path)[0], model.state_dict(), head=())
     (folder / "results.json").write_text("{}")
     assert_body(load_model(folder / name)[0], model.state_dict(), head=())
-
-
-def test_checkpoints_of_older_versions(tmp_path):
-    """They name CelebA's columns for any data, and say neither of which ERM training they are nor
-    what labels they had."""
-    write_waterbirds(tmp_path / "data")
-    source = str(tmp_path / "data/metadata.csv")
-    model = build_model("resnet10", 2, 32)
-    write_checkpoint(
-        tmp_path / "a.pt",
-        model,
-        data={
-            "source": source,
-            "attributes": ["Blond_Hair", "Male"],
-            "difficulty": 0.2,
-            "fingerprint": "0123456789abcdef",
-        },
-        args={"seed": 3},
-        metrics={},
-    )
-    again, checkpoint, table = common.reopen(tmp_path / "a.pt")
-    assert_body(again, model.state_dict(), head=())
-    assert table.source == source
-    assert len(table.files) == 32 + 16 + 20
-    assert checkpoint["erm"] == {"id": None, "settings": {"seed": 3}}
 
 
 def test_data_that_changed_since_training(tmp_path):

@@ -196,11 +196,11 @@ def figures(monkeypatch):
     texts = {}
     write = common.write
 
-    def collect(folder, files):
+    def collect(folder, files, remove=()):
         for name, content in files.items():
             if isinstance(content, Figure):
                 texts[name] = [text.get_text() for text in content.findobj(Text)]
-        write(folder, files)
+        write(folder, files, remove)
 
     monkeypatch.setattr(common, "write", collect)
     return texts

@@ -48,8 +48,8 @@ def on_planted(monkeypatch):
     linear.bias.data = torch.tensor([0.0, -1])
     model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear)
     table = SimpleNamespace(source="planted", groups=GROUPS)
-    erm = {"id": "planted", "settings": {}}
-    about = {"arch": "planted", "epoch": 1, "erm": erm, "data": {}}
+    erm = {"id": "planted", "settings": {"seed": 0}}
+    about = {"arch": "planted", "epoch": 1, "erm": erm, "data": {"labels": "planted"}}
     monkeypatch.setattr(common, "reopen", lambda *_: (model, about, table))
     monkeypatch.setattr(common, "open_split", lambda *_: split)
     monkeypatch.setattr(Figure, "savefig", lambda _, buffer, **__: buffer.write(b"a figure"))
@@ -349,12 +349,22 @@ def test_random_neurons_of_the_layers(traced):
     """The mean of several sets, which are not one and the same."""
     _, _, folder = traced
     rows = pick(read(folder / "structured/layers.csv"), criterion="random")
-    summary = common.read_json(folder / "structured/results.json")["summary"]["random"]
+    results = common.read_json(folder / "structured/results.json")
+    summary = results["summary"]["random"]
     changes = {}
     for row in rows:
         changes.setdefault(row["group"], []).append(float(row["change_percent"]))
     for j, of_group in changes.items():
         assert summary["groups"][int(j)]["mean"] == pytest.approx(np.mean(of_group))
+    # Shares are those of the sizes of single sets, and not of their mean
+    first_third = np.array_split(results["layers"], 3)[0]
+    total = 0
+    first = 0
+    for row in rows:
+        if results["groups"][int(row["group"])]["minority"]:
+            total += abs(float(row["change_percent"]))
+            first += abs(float(row["change_percent"])) * (row["parameter"] in first_third)
+    assert summary["thirds"]["first"] == pytest.approx(first / total)
     of_layers = {(row["parameter"], row["group"]) for row in rows}
     different = {(row["parameter"], row["group"], row["change_percent"]) for row in rows}
     assert len(different) > len(of_layers)
@@ -611,13 +621,13 @@ def test_percentiles_by_hand():
 
 def test_the_summary_of_layers_by_hand():
     heat = np.array([[0.0, 0, 0], [-10, 0, 5], [0, 0, 0], [0, -5, 0]])
-    summary = structured_trace.summarize_layers(heat, ["a", "b", "c"], GROUPS)
+    summary = structured_trace.summarize_layers(heat, np.abs(heat), ["a", "b", "c"], GROUPS)
     assert summary["groups"][1] == {"group": 1, "mean": -5 / 3, "largest": -10, "layer": "a"}
     assert summary["thirds"] == {"first": 10 / 15, "middle": 0, "last": 5 / 15}  # G3 is no minority
     heat[2, 0] = 10  # a rise does not make up for a drop
-    summary = structured_trace.summarize_layers(heat, ["a", "b", "c"], GROUPS)
+    summary = structured_trace.summarize_layers(heat, np.abs(heat), ["a", "b", "c"], GROUPS)
     assert summary["thirds"] == {"first": 20 / 25, "middle": 0, "last": 5 / 25}
-    nothing = structured_trace.summarize_layers(0 * heat, ["a", "b", "c"], GROUPS)
+    nothing = structured_trace.summarize_layers(0 * heat, 0 * heat, ["a", "b", "c"], GROUPS)
     assert nothing["thirds"] is None
 
 

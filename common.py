@@ -388,7 +388,7 @@ def read_image(path):
 def make_transform(size, augment="none"):
     """What happens to a picture before it is normalised: Table 1 ('table1'), its first two rows,
     which are all that the released code uses ('crop-flip'), or, for evaluation ('none'), resize to
-    256 x 256 and centre crop 224 as everywhere in the field, in proportion for other sizes."""
+    256 x 256 and centre crop 224, as is usual for Waterbirds, in proportion for other sizes."""
     if augment == "none":
         side = round(size * 256 / 224)
         steps = [v2.Resize((side, side)), v2.CenterCrop(size)]
@@ -1236,12 +1236,12 @@ def count_right(model, batches, variants, weights, unit="channel", passes=full_p
 
 def count_planned(model, planned, batches, weights, unit, passes, **columns):
     """A row for each planned network and group it is tried on, a dict: the plan's `row`, the
-    further columns, and what count_right finds under its `variant`. A plan: {"row": ..., "groups":
-    their numbers, "variant": ...}. batches: those of each group; a group without images has no
-    row."""
+    further columns, and what count_right finds under its `variant`. A plan: {"row": ...,
+    "group_numbers": ..., "variant": ...}. batches: those of each group; a group without images has
+    no row."""
     rows = []
     for group, of_group in enumerate(batches):
-        asked = [plan for plan in planned if group in plan["groups"]]
+        asked = [plan for plan in planned if group in plan["group_numbers"]]
         found = count_right(
             model,
             of_group,
@@ -1384,7 +1384,7 @@ def make_parser(description):
     g.add_argument("--device", default=device, help="cpu, cuda, mps, xpu (%(default)s)")
     g.add_argument(
         "--workers",
-        type=number(int, 0, 1000),
+        type=between(int, 0, 1000),
         help="processes that read images, so many for training and for each split that is "
         "evaluated (the cores at hand, at most 8; 0 where the network itself runs on the CPU)",
     )
@@ -1460,7 +1460,7 @@ def open_traced(args):
     return model, checkpoint, table, weights, counts, about
 
 
-def number(kind, low, high=math.inf):
+def between(kind, low, high=math.inf):
     """A type for argparse: an int or float (kind) from low to high, but never infinite."""
 
     def parse(text):
@@ -1473,9 +1473,9 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-positive_float = number(float, 1e-12, 1e12)
-positive_int = number(int, 1, 10**9)
-seed_int = number(int, 0, 2**32 - 1)
+positive_float = between(float, 1e-12, 1e12)
+positive_int = between(int, 1, 10**9)
+seed_int = between(int, 0, 2**32 - 1)
 
 
 def default_kick_in(epochs):

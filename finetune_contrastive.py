@@ -44,9 +44,9 @@ FILES = (
 
 def parse_args(argv=None):
     p = common.make_parser(
-        f"{__doc__}\nIn brackets: the default, which follows the paper's text but for --lam and "
-        "the least\nof --epochs; 'code' says what the released code does where that is something "
-        "else."
+        f"{__doc__}\nIn brackets: the default. It follows the paper's text, except in the points "
+        "that README.md\nlists under 'Where we differ, and it matters'; 'code' says what the "
+        "released code does where\nthat is something else."
     )
     p.add_argument("--name", default="finetune", help="folder in RUN, to keep several (finetune)")
     g = p.add_argument_group("start")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--prune-fraction",
-        type=common.number(float, 1e-12, 1),
+        type=common.between(float, 1e-12, 1),
         default=1e-4,
         help="share of all neurons that is masked, rounded up; of mixed by each criterion (0.0001, "
         "so 0.01 %%; code: 0.01)",
@@ -123,7 +123,7 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--lam",
-        type=common.number(float, 0),
+        type=common.between(float, 0),
         default=0.2,
         help="lambda of eq. 2.3. It multiplies the squared error or cross entropy summed over the "
         "batch, as in a line of the released code that is commented out. To weigh the mean over "
@@ -141,7 +141,7 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--batch-size",
-        type=common.number(int, 2, 10**6),
+        type=common.between(int, 2, 10**6),
         help="images a step, on which the paper is silent (that of ERM; code: 100)",
     )
     g.add_argument(

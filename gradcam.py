@@ -62,7 +62,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("images")
     g.add_argument(
         "--n",
-        type=common.number(int, 1, 100),
+        type=common.between(int, 1, 100),
         default=8,
         help="images to draw from the minority groups, rounded up to equal shares (8)",
     )
@@ -97,9 +97,9 @@ def main(args):
     test = common.open_split(checkpoint, table, "test")
     args.masks = find_masks(args.masks, table, test)
     common.print_settings(args)
-    explained = check_target(args.target, classes)
+    explained = describe_target(args.target, classes)
     layer = choose_layer(args.layer, models[before], checkpoint["arch"])
-    grid = check_layer(models[before], layer, checkpoint["size"])
+    grid = map_size(models[before], layer, checkpoint["size"])
     place = layer or "the last feature map"
     heading = f"Grad-CAM of {place} ({grid[0]} x {grid[1]}), {explained}"
     print(heading)
@@ -465,7 +465,7 @@ def choose_layer(layer, model, arch):
     return None
 
 
-def check_layer(model, layer, size):
+def map_size(model, layer, size):
     """Height and width [h, w] of the layer's map. Raises BadInput where it is no map, or where the
     logits do not depend on it."""
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -497,7 +497,7 @@ def check_layer(model, layer, size):
     return grid
 
 
-def check_target(target, classes):
+def describe_target(target, classes):
     """Which class is explained, in words. Raises BadInput."""
     known = {"label": "each image's own class", "predicted": "the class that each network predicts"}
     for number, name in enumerate(classes):

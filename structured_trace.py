@@ -90,7 +90,7 @@ def main(args):
                         "selected_by": by,
                         "k": len(neurons),
                     },
-                    "groups": [by] if by in gradients else list(gradients),
+                    "group_numbers": [by] if by in gradients else list(gradients),
                     "variant": {"neurons": neurons},
                 }
             )

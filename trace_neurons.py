@@ -76,7 +76,7 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--controls",
-        type=common.number(int, 0, 10**6),
+        type=common.between(int, 0, 10**6),
         default=40,
         help="random sets of neurons: so many drawn from all layers, and for each critical set so "
         "many drawn from that set's layers. 0 makes none; fewer than 39 give no 95 %% range and "
@@ -215,7 +215,7 @@ def main(args):
 # ---- what is modified ----
 
 
-def planned_row(criterion, by, groups, neurons, how="zero", sigma="", repeat="", seed=0):
+def planned_network(criterion, by, group_numbers, neurons, how="zero", sigma="", repeat="", seed=0):
     """A modified network to be counted (see common.count_planned)."""
     return {
         "row": {
@@ -226,7 +226,7 @@ def planned_row(criterion, by, groups, neurons, how="zero", sigma="", repeat="",
             "repeat": repeat,
             "selected_by": by,
         },
-        "groups": groups,
+        "group_numbers": group_numbers,
         "variant": {"neurons": neurons, "how": how, "sigma": sigma or 0.0, "seed": seed},
     }
 
@@ -238,14 +238,16 @@ def plan(args, ranked, few, split, groups):
     everyone = [group["group"] for group in groups]
     for (criterion, by), neurons in ranked.items():
         for k in args.top_k:
-            planned.append(planned_row(criterion, by, everyone, neurons[:k]))
+            planned.append(planned_network(criterion, by, everyone, neurons[:k]))
         hows = ["random-init", "random-noise"]
         if split == "test":  # of the paper's tables, 13 alone has test columns
             hows = [] if by == "all" else ["random-noise"]
         shown = everyone if by == "all" else [by]
         for how, sigma, k, repeat in itertools.product(hows, args.sigma, few, range(args.repeats)):
             seed = common.seed_of(args.seed, repeat)
-            planned.append(planned_row(criterion, by, shown, neurons[:k], how, sigma, repeat, seed))
+            planned.append(
+                planned_network(criterion, by, shown, neurons[:k], how, sigma, repeat, seed)
+            )
     return planned
 
 
@@ -257,13 +259,13 @@ def random_sets(args, ranked, k, counts, minority):
     planned = []
     for repeat in range(args.controls):
         drawn = common.locate(rng.choice(total, k, replace=False), counts)
-        planned.append(planned_row("random", "all layers", minority, drawn, repeat=repeat))
+        planned.append(planned_network("random", "all layers", minority, drawn, repeat=repeat))
         for (criterion, by), neurons in ranked.items():
             drawn = []
             for layer, n in Counter(layer for layer, _ in neurons[:k]).items():
                 drawn += [(layer, int(i)) for i in rng.choice(counts[layer], n, replace=False)]
             planned.append(
-                planned_row(
+                planned_network(
                     "random",
                     f"layers of {criterion} {by}",
                     [j for j in minority if by in ("all", j)],

@@ -74,7 +74,7 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--size",
-        type=common.number(int, 8, 10**5),
+        type=common.between(int, 8, 10**5),
         help="side of the network's input in pixels (224; 40)",
     )
     g = p.add_argument_group("training")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     )
     g.add_argument(
         "--batch-size",
-        type=common.number(int, 2, 10**6),
+        type=common.between(int, 2, 10**6),
         help="images a step, at least 2, as BatchNorm cannot take a single one (256; 128)",
     )
     g.add_argument("--lr", type=common.positive_float, help="learning rate of Adam (1e-4; 3e-4)")

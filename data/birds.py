@@ -45,7 +45,7 @@ def parse_args(argv=None):
     )
     p.add_argument(
         "--difficulty",
-        type=common.number(float, 0),
+        type=common.between(float, 0),
         default=0.2,
         help="spread of part sizes within a class, in half distances of the classes (0.2)",
     )

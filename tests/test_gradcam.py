@@ -15,7 +15,7 @@ from torch import nn
 import common
 import gradcam
 from common import BadInput
-from gradcam import activations, check_layer, choose_layer, focus, grad_cam, is_empty, read_mask
+from gradcam import activations, choose_layer, focus, grad_cam, is_empty, map_size, read_mask
 
 from .conftest import write_table
 
@@ -110,12 +110,12 @@ def test_default_layers_are_maps_of_the_image(arch, size, layer, grid):
             nn.init.ones_(norm.weight)
     found = choose_layer(None, model, arch)
     assert found == layer
-    assert check_layer(model, found, size) == grid
+    assert map_size(model, found, size) == grid
 
 
 def test_a_layer_on_which_no_logit_depends_is_refused():
     with pytest.raises(BadInput, match="do not depend on the patches"):
-        check_layer(network("cait_xxs24_224", 224), None, 224)
+        map_size(network("cait_xxs24_224", 224), None, 224)
 
 
 def test_where_the_channels_are_in_swin():
@@ -301,9 +301,9 @@ def test_masks_go_the_way_of_the_images(tmp_path):
 def test_layers_whose_places_are_not_known_are_refused(arch, size, layer, words):
     """Where channels would be taken for places, or places lie in another order."""
     model = common.build_model(arch, 2, size)
-    gradcam.check_layer(model, gradcam.choose_layer(None, model, arch), size)  # the default is one
+    gradcam.map_size(model, gradcam.choose_layer(None, model, arch), size)  # the default is one
     with pytest.raises(BadInput, match=f"--layer {layer}: {words}"):
-        gradcam.check_layer(model, layer, size)
+        gradcam.map_size(model, layer, size)
 
 
 # ---- whole runs ----

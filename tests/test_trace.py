@@ -466,7 +466,7 @@ def test_random_sets_by_hand():
     counts = {"a": 5, "b": 50, "c": 500}
     drawn = {}
     for planned in trace_neurons.random_sets(args, ranked, 3, counts, [1, 2]):
-        kind = (planned["row"]["selected_by"], tuple(planned["groups"]))
+        kind = (planned["row"]["selected_by"], tuple(planned["group_numbers"]))
         drawn.setdefault(kind, []).append(tuple(planned["variant"]["neurons"]))
     assert [*drawn] == [("all layers", (1, 2)), ("layers of gradient 1", (1,))]
     for sets in drawn.values():

@@ -1,6 +1,7 @@
 """results/compare.py on hand-made runs; the report agrees with numbers.jsonl."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -695,8 +696,15 @@ def test_page_and_numbers_agree():
     assert "/tmp/" not in text
 
 
+def cells_of_page(table, columns):
+    """{row: cells} of a table in Markdown that has these columns."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert rows[0][1:] == columns
+    return {name: cells for name, *cells in rows[2:]}
+
+
 def test_front_page_and_numbers_agree():
-    """Every measured cell of the front page's table, or a dash where nothing was measured."""
+    """Every measured cell of the front page's two tables."""
     data = {
         "built-in set": "birds/metadata.csv, resnet10",
         "real birds, CNN": "birds50/metadata.csv, tf_efficientnet_lite0",
@@ -711,21 +719,32 @@ def test_front_page_and_numbers_agree():
         "the method with the largest gradient masked": "gradient",
         "random neurons masked instead": "random",
     }
+    gains = {
+        "largest magnitude, minus ERM's best epoch": "9: largest magnitude masked, {}",
+        "largest gradient, minus ERM's best epoch": "9: largest gradient masked, {}",
+        "largest magnitude, minus ERM continued": "9: largest magnitude masked, {}",
+        "largest gradient, minus ERM continued": "9: largest gradient masked, {}",
+        "largest magnitude, minus random neurons": "10: largest magnitude {} masked",
+        "largest gradient, minus random neurons": "10: largest gradient {} masked",
+    }
     records = compare.independent(compare.read_store(ROOT / "results/numbers.jsonl"))
-    measured = {}
+    accuracies = {}
     for heading, header, lines in compare.tables("wga", records, records):
         assert header[1] == "worst group"
         for row, worst, *_ in lines:
-            measured[heading.partition(":")[0], row] = worst
-    page = (ROOT / "README.md").read_text()
-    header, _, *lines = page.split("## What came out")[1].split("\n\n")[1].splitlines()
-    columns = [cell.strip() for cell in header.split("|")[2:-1]]
-    assert columns == [*data]
-    found = {}
-    for line in lines:
-        row, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if row in rows:
-            found[row] = cells
-    assert [*found] == [*rows]
-    for row, cells in found.items():
-        assert cells == [measured.get((of, rows[row]), "-") for of in data.values()]
+            accuracies.setdefault(row, {})[heading.partition(":")[0]] = worst
+    claims = {}
+    ((_, header, lines),) = compare.tables("claims", records, records)
+    for row, *cells in lines:
+        claims[row] = dict(zip(header[1:], cells, strict=True))
+
+    page = (ROOT / "README.md").read_text().split("## What came out")[1].split("\n## ")[0]
+    first, second = re.findall(r"(?m)^\| .*\n(?:\|.*\n)+", page)
+    found = cells_of_page(first, [*data])
+    for row, name in rows.items():
+        assert found[row] == [accuracies[name][of] for of in data.values()]
+    found = cells_of_page(second, [*data])
+    assert [*found] == [*gains]
+    for row, name in gains.items():
+        measured = claims[name.format(row.partition(", ")[2])]
+        assert found[row] == [measured[of].rpartition(" ")[0] for of in data.values()]

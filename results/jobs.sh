@@ -83,18 +83,21 @@ tune "$all" --name random --criterion random
 tune "$all" --name gradient --criterion gradient
 tune "$all" --name supervised --method supervised
 
-# Tracing. Of single weights, up to 0.01 % of them: 3 of 5.3 million move nothing
+# Tracing. Of single weights, up to 0.01 % of them: 3 of 5.3 million move nothing. On real images all
+# runs drew the same images, noise and random neurons (--seed 0), which is no longer the default
 for s in $all; do
   case $set in
     birds)
       echo "python trace_neurons.py --run runs/$set$s --max-per-group 200"
       echo "python structured_trace.py --run runs/$set$s" ;;
     *-cnn)
-      echo "python trace_neurons.py --run runs/$set$s --max-per-group 100 --sigma 0.01"
-      echo "python structured_trace.py --run runs/$set$s --max-per-group 50 --controls 2" ;;
+      echo "python trace_neurons.py --run runs/$set$s --seed 0 --max-per-group 100 --sigma 0.01"
+      echo "python structured_trace.py --run runs/$set$s --seed 0 --max-per-group 50 --controls 2" ;;
     *-vit)
-      echo "python trace_neurons.py --run runs/$set$s --max-per-group 100 --sigma 0.01 --top-k 3 53 531"
-      echo "python structured_trace.py --run runs/$set$s --max-per-group 50 --controls 2 --k 531" ;;
+      more="--seed 0 --max-per-group 100 --sigma 0.01 --top-k 3 53 531"
+      echo "python trace_neurons.py --run runs/$set$s $more"
+      more="--seed 0 --max-per-group 50 --controls 2 --k 531"
+      echo "python structured_trace.py --run runs/$set$s $more" ;;
   esac
 done
 

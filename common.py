@@ -18,6 +18,7 @@ import io
 import json
 import math
 import multiprocessing
+import multiprocessing.queues
 import os
 import platform
 import re
@@ -76,6 +77,8 @@ def reading(path, advice):
     except (PermissionError, IsADirectoryError) as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # too many open files, for which this one cannot be blamed
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{path}: cannot be used ({reason}); {advice}") from error
 
@@ -120,9 +123,8 @@ class Table:
     groups: list  # a dict per group: group, name, train_n, minority
 
     def fingerprint(self, *splits):
-        """A hash of labels and file names of these splits, by which a change is noticed; that of
-        pixels is not. The folder that all files have in common is left out, so the data may move
-        as a whole."""
+        """A hash of labels and file names of these splits, by which a change is noticed. The folder
+        that all files have in common is left out, so the data may move as a whole."""
         rows = zip(self.files, self.y.tolist(), self.a.tolist(), self.split.tolist(), strict=True)
         rows = [row for row in rows if SPLITS[row[-1]] in splits]
         above = len(os.path.commonpath([os.path.dirname(file) for file, *_ in rows]))
@@ -130,6 +132,19 @@ class Table:
         for file, *labels in rows:
             known.append([unicodedata.normalize("NFC", file[above:].lstrip("/")), *labels])
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+    def fingerprint_of_images(self, *splits):
+        """A hash of some 20 image files of these splits, by which other images under the same names
+        are noticed; a single one that was replaced is not. None if one of them is missing."""
+        rows = np.flatnonzero(np.isin(self.split, [SPLITS.index(split) for split in splits]))
+        digest = hashlib.sha256()
+        for row in rows[:: math.ceil(len(rows) / 20)]:
+            path = find_file(self.root, self.files[row])
+            if path is None:
+                return None
+            with reading(path, "replace it, or take its row out of the metadata"):
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
 
 
 def is_built_in(table):
@@ -204,7 +219,9 @@ def read_columns(path, *wanted):
         open(path, encoding="utf-8-sig") as file,
     ):
         lines = file.readlines()
-        if not "".join(lines).strip():
+        while lines and (not lines[0].strip() or lines[0].startswith("sep=")):  # as of Excel
+            lines.pop(0)
+        if not lines:
             raise BadInput(f"{path}: it is empty")
         if path.name == "list_eval_partition.txt":  # has no header
             rows = map(str.split, ["image_id partition", *lines])
@@ -229,7 +246,7 @@ def read_columns(path, *wanted):
                     f"{path}: every row needs {len(header)} cells, as the header has; the first "
                     f"that has not is '{','.join(row)[:80]}'"
                 )
-            found.append([row[place].strip() for place in places])
+            found.append([row[place].strip().strip("\u200b\ufeff") for place in places])
             if "" in found[-1]:
                 raise BadInput(
                     f"{path}: {titles[found[-1].index('')]} is empty in row {len(found)}; fill it "
@@ -315,7 +332,8 @@ def make_table(source, folder, files, y, a, split, labels=("y", "a")):
             )
         if empty:
             warn(f"{source}: {name} has no image of {', '.join(empty)}, so no accuracy of it")
-    root, files = locate_images((folder, Path(source).parent), files)
+    folders = (folder, Path(source).parent, Path(source).resolve().parent)
+    root, files = locate_images(folders, files)
     repeats = len(files) - len(set(zip(files, split.tolist(), g.tolist(), strict=True)))
     if repeats:
         warn(f"{source}: {repeats} rows stand in it twice, and their images count twice")
@@ -341,6 +359,7 @@ def locate_images(folders, files):
             break
     if len(relative) == len(files) and not any(file.startswith("..") for file in files):
         return found, files
+    found = found.resolve()  # as ".." leads out of the folder that a link points to
     paths = [os.path.normpath(found / file) for file in files]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     return Path(root), [os.path.relpath(path, root) for path in paths]
@@ -380,7 +399,14 @@ def read_image(path):
         Image.open(path) as image,
     ):
         # PIL cuts grey values off at 255, and of colours it takes the upper 8 bits
-        if image.mode[0] in "IF" or re.search(";16[BLN]", str(image.tile)):
+        bits = np.max(getattr(image, "tag_v2", {}).get(258, 8))  # of each colour of a TIFF
+        largest = max((tile[3][-1] for tile in image.tile if tile[0] == "ppm"), default=255)
+        if (
+            image.mode[0] in "IF"
+            or bits > 8
+            or largest > 255
+            or re.search(";16[BLN]", str(image.tile))
+        ):
             raise BadInput(f"{path}: has more than 8 bits a pixel and colour; convert it to 8")
         return image.convert("RGB")
 
@@ -561,8 +587,10 @@ def normalise(x, mean, std):
 
 def start_worker(_):
     """What a worker process of a DataLoader does first: it leaves it to the script to report
-    signals and errors, and ends if the script was killed meanwhile."""
+    signals and errors, and ends if the script was killed meanwhile, or if it cannot hand over a
+    batch, for which the script would wait for ever."""
     sys.excepthook = lambda *_: None
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as of a command in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not multiprocessing.parent_process().is_alive():
@@ -604,6 +632,8 @@ def build_model(arch, n_classes, size, weights="none"):
         weights = BIRD_WEIGHTS
     options = RESNET10 if arch == "resnet10" else {}
     with reading(f"--arch {arch}", f"expected a network of timm that takes --size {size}"):
+        if ":" in name:
+            raise ValueError("it is fetched from elsewhere")
         config = timm.get_pretrained_cfg(name)
         if config and config.fixed_input_size:
             options = {**options, "img_size": size}
@@ -659,19 +689,26 @@ def load_body(model, path):
     """Load a file of weights, .pth or .safetensors, plain or wrapped by a trainer, of this or (for
     transformers) of another input size; everything but the head must fit. Raises BadInput."""
     with reading(path, "expected weights of this --arch, .pth or .safetensors, or none"):
-        if str(path).endswith(".safetensors"):
+        if str(path).lower().endswith(".safetensors"):
             state = safetensors.torch.load_file(path)
         else:
             state = load_tensors(path)
         for wrapper in ("state_dict", "model_state_dict", "model"):
             state = state.get(wrapper, state)
         state = timm.models.clean_state_dict(state)  # of what wrappers put in front of names
+        first = {name.partition(".")[0] for name in state}
+        if len(first) == 1 and not hasattr(model, *first):  # and trainers, such as "model."
+            state = {name.partition(".")[2]: value for name, value in state.items()}
         convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
         if convert:
             state = convert(state, model)
         heads = tuple(f"{name}." for name in head_names(model))
+        new = model.state_dict()
         body = {key: value for key, value in state.items() if not key.startswith(heads)}
-        head = {key: value for key, value in model.state_dict().items() if key.startswith(heads)}
+        head = {key: value for key, value in new.items() if key.startswith(heads)}
+        for key in body.keys() & new.keys():
+            if new[key].is_floating_point() and not body[key].is_floating_point():
+                raise ValueError(f"{key} holds {body[key].dtype}")  # as of a quantised network
         model.load_state_dict({**body, **head})
         check_finite_weights(model)
 
@@ -748,6 +785,12 @@ def reopen(path, data=None, device="cpu"):
         raise BadInput(
             f"labels or file names of {table.source}, or their order, changed since {path} was "
             "trained on them; train again"
+        )
+    images = table.fingerprint_of_images("train", "val")
+    if None not in (images, source.get("images")) and images != source["images"]:
+        raise BadInput(
+            f"the images of {table.source} are other ones than those that {path} was trained on; "
+            "name the right ones (--data), or train again"
         )
     return model, checkpoint, table
 
@@ -979,7 +1022,7 @@ def heat_map(ax, values, rows, layers, most, texts):
 # This section needs contextlib, torch and numpy (np) alone. Take all of it, or single functions:
 # head_names needs LAYERS, prunable_weights needs both, mean_gradient needs evaluating,
 # score_neurons and needs_gradient need CRITERIA, top_neurons needs locate, full_passes needs
-# modified, count_right needs evaluating and full_passes, and count_planned needs count_right. The
+# modified and evaluating, count_right needs these three, and count_planned needs count_right. The
 # pass with masked weights is `auxiliary` of finetune_contrastive.py.
 #
 # A neuron is a pair (parameter name, index), such as ("layer4.2.conv3.weight", 12). With the unit
@@ -1073,13 +1116,13 @@ def mean_gradient(model, weights, batches):
     weight, {parameter name: tensor like the weight}. In eval mode; leaves no .grad, and all modes
     as they were. Raises ValueError if there is no image."""
     # The same weights under another name, so that frozen ones have a gradient too
-    z = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    sums = dict.fromkeys(z, 0)
+    sums = dict.fromkeys(weights, 0)
     n = 0
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        z = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         for x, y, *_ in batches:
             logits = torch.func.functional_call(model, z, (x.clone(),)).float()
-            loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+            loss = torch.nn.functional.cross_entropy(logits, y.clone(), reduction="sum")
             # A branch that eval mode skips has a gradient of 0
             gradients = torch.autograd.grad(loss, list(z.values()), materialize_grads=True)
             for name, gradient in zip(z, gradients, strict=True):
@@ -1200,16 +1243,22 @@ def full_passes(model, x, variants, weights, unit="channel"):
     pass for every one. A variant: keyword arguments of `modified`, {"neurons": ..., "how": ...}."""
     found = []
     for variant in variants:
-        with modified(weights, unit=unit, **variant):
+        # A network that keeps what it computes of its weights clears it when its mode is set
+        with modified(weights, unit=unit, **variant), evaluating(model):
             found.append(model(x.clone()))
-    return model(x.clone()), found
+    with evaluating(model):
+        return model(x.clone()), found
 
 
 def count_right(model, batches, variants, weights, unit="channel", passes=full_passes):
     """How many images the model gets right as it is and under each variant (see full_passes), over
     batches (x, y, g, ...): for every variant {group: {n, correct_before, correct_after, to_wrong,
     to_right}}. to_wrong: right before and wrong after; to_right: wrong before and right after.
-    Memory hardly grows with the number of variants, of which only the logits are kept."""
+    Memory hardly grows with the number of variants, of which only the logits are kept. Raises
+    ValueError for weights of another model, as those of this one would not be changed."""
+    of_model = {weight.data_ptr() for weight in model.parameters()}
+    if not of_model.issuperset(weight.data_ptr() for weight in weights.values()):
+        raise ValueError("these are weights of another model; take prunable_weights(model)")
     counts = [{} for _ in variants]
     with evaluating(model), torch.inference_mode():
         for x, y, g, *_ in batches:
@@ -1283,14 +1332,17 @@ class OnePass:
             return full_passes(model, x, variants, weights, unit)
         fork = Fork(self.traced, variants, weights, unit)
         logits = fork.run(x.clone())
-        # A variant that never branched off changes no weight that the logits need
-        return logits, [fork.logits.get(number, logits) for number in range(len(variants))]
+        if fork.left_out:
+            _, rest = full_passes(model, x, fork.left_out.values(), weights, unit)
+            fork.logits.update(zip(fork.left_out, rest, strict=True))
+        return logits, [fork.logits[number] for number in range(len(variants))]
 
 
 def trace_graph(model, x):
     """The network as a torch.fx graph; None, with a warning, where that fails or gives other
     logits."""
-    with contextlib.suppress(Exception):  # it fails in as many ways as there are networks
+    # It fails in as many ways as there are networks, and must leave nothing in them
+    with contextlib.suppress(Exception), evaluating(model):
         traced = torch.fx.GraphModule(model, Tracer().trace(model))
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced
@@ -1307,7 +1359,8 @@ class Tracer(torch.fx.Tracer):
 
 class Fork(torch.fx.Interpreter):
     """One forward pass for all variants: in front of the first node that uses a weight which a
-    variant changes, the rest is run for that variant; what lies before is computed once for all."""
+    variant changes, the rest is run for that variant; what lies before is computed once for all.
+    Left out are variants with a changed weight that no node is seen to use."""
 
     def __init__(self, traced, variants, weights, unit):
         super().__init__(traced)
@@ -1316,18 +1369,29 @@ class Fork(torch.fx.Interpreter):
         self.unit = unit
         self.logits = {}
         self.done = {}  # nodes that need not be run again, without their values
-        self.waiting = dict(enumerate(variants))
+        self.waiting = {}
+        self.left_out = {}
         self.changed = {}  # by weight and not by name, so that tied weights are right
-        for number, variant in self.waiting.items():
-            self.changed[number] = {id(weights[name]) for name, _ in variant["neurons"]}
+        seen = set().union(*map(self.used_by, traced.graph.nodes))
+        for number, variant in enumerate(variants):
+            changed = {id(weights[name]) for name, _ in variant["neurons"]}
+            self.changed[number] = changed
+            if changed <= seen:
+                self.waiting[number] = variant
+            else:
+                self.left_out[number] = variant
+
+    def used_by(self, node):
+        """The weights that a node uses, as ids."""
+        weights = []
+        if node.op == "call_module":
+            weights = self.fetch_attr(node.target).parameters()
+        elif node.op == "get_attr":
+            weights = [self.fetch_attr(node.target)]
+        return {id(weight) for weight in weights}
 
     def run_node(self, node):
-        used = []
-        if node.op == "call_module":
-            used = self.fetch_attr(node.target).parameters()
-        elif node.op == "get_attr":
-            used = [self.fetch_attr(node.target)]
-        used = {id(weight) for weight in used}
+        used = self.used_by(node)
         for number in [n for n in self.waiting if self.changed[n] & used]:
             variant = self.waiting.pop(number)
             # Copied together, as layers may overwrite values and what shares their memory

@@ -282,6 +282,7 @@ def main(args):
     folder = args.run / args.name
     inputs = {
         "labels": table.fingerprint("train", "val"),
+        "images": table.fingerprint_of_images("train", "val"),
         "start": common.fingerprint_of(model),
     }
     test_labels = table.fingerprint("test")

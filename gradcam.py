@@ -207,6 +207,7 @@ def activations(model, x, layer=None, target=None, channels_last=None):
         kept[:] = [out.detach().requires_grad_()]
         return kept[0].clone()  # the rest of the network may overwrite it, as by an in-place ReLU
 
+    x = x.clone()  # which a network may overwrite
     # The same weights without gradients, so that the graph starts at the layer
     frozen = {name: weight.detach() for name, weight in model.named_parameters()}
     with common.evaluating(model), torch.inference_mode(False), torch.enable_grad():

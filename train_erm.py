@@ -130,6 +130,7 @@ def main(args):
     folder = args.run / "erm"
     inputs = {
         "labels": table.fingerprint("train", "val"),
+        "images": table.fingerprint_of_images("train", "val"),
         "weights": fingerprint_of_weights(args.weights),
     }
     test_labels = table.fingerprint("test")
@@ -137,6 +138,9 @@ def main(args):
     if results:
         with common.reading(folder / "results.json", common.START_ANEW):
             print_table(results)
+        for epoch in args.keep_epochs:
+            if epoch <= args.epochs and not (folder / f"epoch_{epoch:03d}.pt").exists():
+                common.warn(f"{folder} has not kept epoch {epoch}; --overwrite trains anew")
         return
 
     # Model, optimizer, and where an interrupted run left them
@@ -173,6 +177,7 @@ def main(args):
             "source": table.source,
             "attributes": args.attributes,
             "labels": inputs["labels"],
+            "images": inputs["images"],
         },
         "args": common.plain(args),
     }

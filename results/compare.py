@@ -6,8 +6,9 @@
 
 A cell is the mean over run folders +- the sample standard deviation (n). Gains are paired by run
 folder and have the 95 % t-interval of their mean, [low, high] (n), instead. "ERM continued" is the
-run of --method erm, and "random" that of --criterion random, in the same run folder with the same
-start, epochs, learning rate, batch size, augmentation and seed. "finetune" is the run of that name
+run of --method erm in the same run folder with the same start, epochs, learning rate, batch size,
+augmentation and seed. "random" is that of --criterion random which also has as many neurons and the
+same loss. "finetune" is the run of that name
 in it, whatever its start and epochs; "gradient" likewise, for other runs of --criterion gradient. A
 copy of a run, and a run of the same settings and seed as another, count once. Data are known by
 their labels, wherever they lie.
@@ -44,8 +45,17 @@ STAGES = {
     "finetune": finetune_contrastive,
     "gradcam": gradcam,
 }
-BUDGET = ("epochs", "lr", "batch_size", "augment")  # and seed: what a run shares with its control
-CONTROLS = {"minus ERM continued": ("method", "erm"), "minus random": ("criterion", "random")}
+# The controls of a fine-tuning: a setting, and the other settings that it shares with its control,
+# besides start and seed
+BUDGET = ("epochs", "lr", "batch_size", "augment")
+CONTROLS = {
+    "minus ERM continued": ("method", "erm", BUDGET),
+    "minus random": (
+        "criterion",
+        "random",
+        (*BUDGET, "prune_fraction", "unit", "views", "loss", "lam", "temperature"),
+    ),
+}
 # Arguments that say where things lie, or leave the numbers alone; of weights the file name counts
 PLACES = {*common.NOT_SETTINGS, "before", "after", "masks", "n", "seed"} - {"attributes", "weights"}
 ARMS = {  # name of a run: what of Table 12, or its control, it is
@@ -210,12 +220,15 @@ def is_renamed(record):
 
 
 def name_by_labels(records):
-    """Data that moved keep one name: sources with the same labels are called by the first."""
+    """Data that moved keep one name: sources with the same labels and images are called by the
+    first."""
+    images = {record["source"]: record["images"] for record in records if record.get("images")}
     first = {}
     names = {}
     for record in records:
         if record.get("labels"):
-            name = first.setdefault(record["labels"], record["source"])
+            content = (record["labels"], images.get(record["source"]))
+            name = first.setdefault(content, record["source"])
             names.setdefault(record["source"], name)
     for record in records:  # also of the stages that do not know their labels
         record["source"] = names.get(record["source"], record["source"])
@@ -240,7 +253,8 @@ def make_record(path):
         "stage": result["stage"],
         "source": str(Path(result["source"]).resolve()),
         "labels": result.get("labels") or recorded.get("inputs", {}).get("labels"),
-        "test_labels": result.get("test_labels"),  # of training stages
+        "images": recorded.get("inputs", {}).get("images"),  # of training stages
+        "test_labels": result.get("test_labels"),  # likewise
         "arch": result["arch"],
         "unit": result.get("unit") or recorded["args"].get("unit", ""),
         "commit": (recorded.get("commit") or "")[:7],
@@ -527,10 +541,10 @@ def warn_of_other_starts(found):
 
 def warn_of_two_controls(found):
     """A fine-tuning is compared with one control of a kind."""
-    for key, value in CONTROLS.values():
-        taken = controls(found, key, value)
+    for key, value, shared in CONTROLS.values():
+        taken = controls(found, key, value, shared)
         for run in of_stage(found, "finetune"):
-            other = taken.get(budget(run), run)
+            other = taken.get(budget(run, shared), run)
             if run["settings"].get(key) == value and other is not run:
                 common.warn(f"{run['run']}: two runs of {key} {value}; {other['name']} is taken")
 
@@ -627,29 +641,30 @@ def differences(shown, found):
         by_gradient = run["settings"]["criterion"] == "gradient" and run["name"] != "gradient"
         if by_gradient and of in defaults["gradient"]:
             yield data_of(run), run["name"], "minus gradient", worst(run) - defaults["gradient"][of]
-    for column, (key, value) in CONTROLS.items():
-        control = controls(found, key, value)
+    for column, (key, value, shared) in CONTROLS.items():
+        control = controls(found, key, value, shared)
         for run in tuned:
             is_control = run["settings"]["method"] == "erm" or run["settings"].get(key) == value
-            if not is_control and budget(run) in control:
-                more = worst(run) - worst(control[budget(run)])
+            if not is_control and budget(run, shared) in control:
+                more = worst(run) - worst(control[budget(run, shared)])
                 yield data_of(run), run["name"], column, more
 
 
-def controls(found, key, value):
+def controls(found, key, value, shared):
     """The fine-tunings with a setting, {budget: run}; of two with one budget the later."""
     taken = {}
     for run in of_stage(found, "finetune"):
         # Of the other methods the criterion says nothing, as they mask nothing
         means_it = key != "criterion" or run["settings"]["method"] == "contrastive"
         if means_it and run["settings"].get(key) == value:
-            taken[budget(run)] = run
+            taken[budget(run, shared)] = run
     return taken
 
 
-def budget(run):
-    """What a fine-tuning and its control have in common."""
-    settings = [run["settings"][key] for key in BUDGET]
+def budget(run, shared):
+    """What a fine-tuning and its control have in common, the settings `shared` among it."""
+    known = {**default_settings("finetune"), **run["settings"]}
+    settings = [known.get(key) for key in shared]
     return json.dumps([*family(run), run["start"], run["seed"], settings])
 
 

@@ -49,7 +49,9 @@ def main(args):
             }
         )
     common.print_rows(
-        f"Norm of each term's gradient, mean of {STEPS} steps and {len(args.runs)} runs", rows
+        f"Norm of each term's gradient, mean of the first {STEPS} steps, or of an epoch where that "
+        f"is less, and of {len(args.runs)} runs",
+        rows,
     )
 
 

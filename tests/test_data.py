@@ -315,7 +315,11 @@ def test_a_place_called_na_is_a_word(tmp_path):
 )
 def test_encodings_and_separators(tmp_path, encoding, separator, end):
     text = end.join(separator.join(row) for row in [HEADER, *ROWS])
-    (tmp_path / "metadata.csv").write_bytes(text.encode(encoding))
+    for before in ("", end, f"sep={separator}{end}"):  # what Excel may write in front
+        (tmp_path / "metadata.csv").write_bytes((before + text).encode(encoding))
+        assert counts_of(read_table(tmp_path)) == COUNTS
+    unseen = text.replace(f"{separator}1{separator}", f"{separator}1\u200b{separator}")
+    (tmp_path / "metadata.csv").write_bytes(unseen.encode(encoding))
     assert counts_of(read_table(tmp_path)) == COUNTS
 
 
@@ -377,6 +381,41 @@ def test_the_fingerprint_is_that_of_labels_and_names_below_the_common_folder(tmp
     moved = table_of(tmp_path / "two", apart)  # test images into a folder of their own
     for split in splits:
         assert moved.fingerprint(split) == before.fingerprint(split), split
+
+
+def test_the_fingerprint_of_images(tmp_path):
+    """It stays when the data move, differs for other pictures of the same names, and says nothing
+    where one is missing."""
+    rows = labelled_rows(pattern="i/{number}.png")
+    found = []
+    for name, size in (("one", (40, 32)), ("other", (32, 40))):
+        write_images(tmp_path / name, rows, size)
+        found.append(table_of(tmp_path / name, ROWS).fingerprint_of_images("train", "val"))
+    assert None not in found
+    assert found[0] != found[1]
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    assert read_table(tmp_path / "two").fingerprint_of_images("train", "val") == found[0]
+    (tmp_path / "two" / ROWS[0][0]).unlink()
+    assert read_table(tmp_path / "two").fingerprint_of_images("train", "val") is None
+
+
+def test_links_to_the_labels_and_to_their_folder(tmp_path):
+    """A name that leads out of a folder does so where the folder really is; and beside a csv that
+    is a link may be no images."""
+    rows = labelled_rows(pattern="../i/{number}.png")
+    (tmp_path / "real/labels").mkdir(parents=True)
+    write_images(tmp_path / "real/labels", rows)
+    (tmp_path / "link/i").mkdir(parents=True)
+    for name, *_ in rows:
+        (tmp_path / "link/i" / Path(name).name).write_text("another one")
+    (tmp_path / "link/labels").symlink_to(tmp_path / "real/labels")
+    text = [[name, str(y), str(a), str(split)] for name, y, a, split in rows]
+    table_of(tmp_path / "real/labels", text)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/metadata.csv").symlink_to(tmp_path / "real/labels/metadata.csv")
+    for place in ("real/labels", "link/labels", "alone"):
+        images = common.Images(read_table(tmp_path / place), "train", 32, [0.5] * 3, [0.5] * 3)
+        assert images.paths[0].resolve() == tmp_path / "real/i/1.png", place
 
 
 @pytest.mark.parametrize("disk, table", [("NFD", "NFC"), ("NFC", "NFD")])
@@ -660,6 +699,32 @@ def write_png_of_16_bits(path, colours):
     path.write_bytes(data)
 
 
+def write_tiff_of_16_bits(path):
+    """A TIFF of 2 x 2 pixels with 16 bits a colour, whose three colours lie one after the other."""
+    start = 8
+    plane = struct.pack("<4H", 200, 200, 200, 200)
+    after = start + 3 * len(plane)
+    offsets = [start, start + len(plane), start + 2 * len(plane)]
+    values = struct.pack("<3H", 16, 16, 16) + struct.pack("<3I", *offsets)
+    values += struct.pack("<3I", *[len(plane)] * 3)
+    tags = [
+        (256, 3, 1, 2),
+        (257, 3, 1, 2),
+        (258, 3, 3, after),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 3, after + 6),
+        (277, 3, 1, 3),
+        (278, 3, 1, 2),
+        (279, 4, 3, after + 18),
+        (284, 3, 1, 2),
+    ]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", after + len(values))
+    table = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes(head + 3 * plane + values + table)
+
+
 def test_of_columns_that_differ_in_case_the_exact_one_is_read(tmp_path):
     header = [*HEADER, "Y"]
     rows = [[name, y, a, split, "0"] for name, y, a, split in ROWS]
@@ -692,7 +757,10 @@ def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path):
         assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
     Image.fromarray(np.full((40, 30), 40000, np.uint16)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((40, 30), 0.5, np.float32)).save(tmp_path / "float.tif")
-    for name in ("colour.png", "alpha.png", "grey.png", "float.tif"):
+    pixels = struct.pack(">H", 200) * 12
+    (tmp_path / "colour.ppm").write_bytes(b"P6 2 2 65535\n" + pixels)
+    write_tiff_of_16_bits(tmp_path / "planes.tif")
+    for name in ("colour.png", "alpha.png", "grey.png", "float.tif", "colour.ppm", "planes.tif"):
         with pytest.raises(BadInput, match=f"/{name}: has more than 8 bits a pixel"):
             common.read_image(tmp_path / name)
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import common
 from common import BadInput, build_model, load_model
 
-from .conftest import write_waterbirds
+from .conftest import write_images, write_waterbirds
 
 ABOUT = {
     "arch": "resnet10",
@@ -87,6 +87,7 @@ def test_resnet50_is_torchvisions(tmp_path):
         ("vit_tiny_patch16_224", 8, "--arch vit_tiny_patch16_224: .* takes --size 8"),
         ("vit_tiny_patch16_224", 10**7, "takes --size 10000000"),
         ("xcit_nano_12_p8_224", 100, "takes --size 100"),
+        ("hf-hub:timm/resnet18.a1_in1k", 64, "--arch hf-hub:.* it is fetched from elsewhere"),
     ],
 )
 def test_what_cannot_be_built(arch, size, words):
@@ -140,10 +141,12 @@ def test_weights_as_trainers_wrap_them(tmp_path):
     save_file(published, tmp_path / "w.safetensors")
     parallel = {f"module.{key}": value for key, value in published.items()}
     torch.save(parallel, tmp_path / "module.pth")
+    lightning = {f"model.{key}": value for key, value in published.items()}
+    torch.save({"state_dict": lightning}, tmp_path / "lightning.pth")
     for wrapper in ("state_dict", "model_state_dict", "model"):
         torch.save({wrapper: published, "epoch": 3}, tmp_path / f"{wrapper}.pth")
     paths = list(tmp_path.iterdir())
-    assert len(paths) == 5
+    assert len(paths) == 6
     for path in paths:
         assert_body(build_model("mobilenetv3_small_050", 2, 64, str(path)), published)
 
@@ -188,12 +191,15 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     torch.save(spoilt, "nan.pth")
     spoilt["layer1.0.conv1.weight"][3, 0, 0, 0] = torch.inf
     save_file(spoilt, "inf.safetensors")
+    spoilt["layer1.0.conv1.weight"] = torch.ones(64, 64, 3, 3, dtype=torch.int8)
+    torch.save(spoilt, "quantised.pth")
     for name, words in {
         "none.pth": "no such file",
         "other.pth": "Missing key.*conv1",
         "narrow.pth": "mismatch",
         "code.pth": "cannot be used",
         "bit.pth": "damaged",
+        "quantised.pth": "layer1.0.conv1.weight holds torch.int8",
         "nan.pth": "layer1.0.conv1.weight has a weight that is not a finite number",
         "inf.safetensors": "layer1.0.conv1.weight has a weight that is not a finite number",
     }.items():
@@ -281,6 +287,7 @@ def test_data_that_changed_since_training(tmp_path):
         "source": table.source,
         "attributes": None,
         "labels": table.fingerprint("train", "val"),
+        "images": table.fingerprint_of_images("train", "val"),
     }
     erm = {"id": "abc", "settings": {"seed": 5}}
     write_checkpoint(tmp_path / "a.pt", build_model("resnet10", 2, 32), data=data, erm=erm)
@@ -299,4 +306,10 @@ def test_data_that_changed_since_training(tmp_path):
     assert changed != text
     (tmp_path / "moved/metadata.csv").write_text(changed)
     with pytest.raises(BadInput, match="changed since .*a.pt was trained on them; train again"):
+        common.reopen(tmp_path / "a.pt", tmp_path / "moved")
+
+    (tmp_path / "moved/metadata.csv").write_text(text)
+    others = [(name, int(y), int(place), None) for _, name, y, _, place, _ in rows[1:]]
+    write_images(tmp_path / "moved", others, size=(20, 20))  # the same labels, other pictures
+    with pytest.raises(BadInput, match="are other ones than those that .*a.pt was trained on"):
         common.reopen(tmp_path / "a.pt", tmp_path / "moved")

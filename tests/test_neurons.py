@@ -334,6 +334,17 @@ def test_mean_gradient_leaves_the_images_alone():
     assert torch.equal(x, before)
 
 
+def test_mean_gradient_where_gradients_are_off():
+    """As inside torch.inference_mode, where code that evaluates often stands."""
+    model = network()
+    weights = common.prunable_weights(model)
+    expected = common.mean_gradient(model, weights, make_batches())
+    with torch.inference_mode():
+        found = common.mean_gradient(model, weights, make_batches())
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient)
+
+
 # ---- changes of weights ----
 
 
@@ -476,6 +487,52 @@ class Parameters(torch.nn.Module):
         return self.head(x.mean(1))
 
 
+class Kept(torch.nn.Module):
+    """Keeps what it computes of a weight in eval mode, and clears it when its mode is set."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.head = torch.nn.Linear(8, 2)
+        self.kept = None
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.kept is None or self.training:
+            self.kept = 2 * self.conv.weight
+        x = torch.nn.functional.conv2d(self.stem(x).relu(), self.kept)
+        return self.head(x.mean((2, 3)))
+
+
+class Borrowed(torch.nn.Module):
+    """Hands the weight of one layer to another one that has no name for it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.borrower = Borrower(self.conv)
+        self.last = torch.nn.Conv2d(8, 8, 1)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.last(self.borrower(x).relu()).mean((2, 3)))
+
+
+class Borrower(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = [layer]
+
+    def forward(self, x):
+        return torch.nn.functional.conv2d(x, self.layers[0].weight)
+
+
 KINDS = {
     "resnet10": network,
     "vit": lambda: network("vit_tiny_patch16_224"),
@@ -483,6 +540,8 @@ KINDS = {
     "branching": lambda: Odd(branching=True),
     "tied": Tied,
     "parameters": Parameters,
+    "kept": Kept,
+    "borrowed": Borrowed,
 }
 
 
@@ -553,7 +612,8 @@ def test_one_pass_against_full_passes_and_really_modified_copies(kind, capsys):
         assert torch.equal(value, state[key]), key
     for (x, *_), (before, *_) in zip(batches, images, strict=True):
         assert torch.equal(x, before)
-    assert ("takes a full pass" in capsys.readouterr().err) == (kind == "branching")
+    full = kind in ("branching", "kept")
+    assert ("takes a full pass" in capsys.readouterr().err) == full
 
 
 def test_tied_weights_are_one():
@@ -594,6 +654,30 @@ def test_one_pass_runs_what_lies_before_a_changed_layer_once():
         passes(model, x, variants, weights)
     assert calls.count("stem") == 1
     assert calls.count("last") == 4
+
+
+@pytest.mark.parametrize("of", ["detach", "data", "state_dict", "copy"])
+def test_weights_that_are_not_the_parameters_themselves(of):
+    """Tensors that share their memory with the parameters do as well; those of a copy would change
+    nothing, and are refused."""
+    model = KINDS["resnet10"]().eval()
+    batches = make_batches()
+    weights = common.prunable_weights(model)
+    variants = make_variants(weights, "channel")
+    expected = common.count_right(model, batches, variants, weights)
+    others = {
+        "detach": {name: weight.detach() for name, weight in weights.items()},
+        "data": {name: weight.data for name, weight in weights.items()},
+        "state_dict": {name: model.state_dict()[name] for name in weights},
+        "copy": common.prunable_weights(copy.deepcopy(model)),
+    }[of]
+    for passes in (common.full_passes, common.OnePass()):
+        if of == "copy":
+            with pytest.raises(ValueError, match="weights of another model"):
+                common.count_right(model, batches, variants, others, passes=passes)
+        else:
+            found = common.count_right(model, batches, variants, others, passes=passes)
+            assert found == expected
 
 
 def test_one_pass_of_two_networks():

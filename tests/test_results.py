@@ -111,6 +111,7 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
         put(run / "other-seed", 0.9, before, method="erm", seed=1)
     put(alone / "finetune", 0.9, 0.8)
     put(alone / "erm", 0.2, result={"stage": "erm"})
+    put(r0 / "wider", 0.1, 0.2, prune_fraction=0.1)  # than the random runs are
     put(r0 / "lam1", 0.1, 0.2, epochs=9)
     put(r0 / "gradient", 0.3, 0.2, epochs=9, criterion="gradient")
     put(r0 / "minority", 0.4, 0.2, epochs=9, criterion="gradient")
@@ -127,6 +128,7 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     assert gains[DATA, "control"][2:] == ["-", "-", "-", "-", "-"]
     assert gains[DATA, "random"][2] == "-5.0 [-68.5, 58.5] (2)"  # minus finetune: -10 and 0
     assert gains[DATA, "lam1"] == ["10.0 (1)", "-10.0 (1)", "-40.0 (1)", "-", "-", "-", "-"]
+    assert gains[DATA, "wider"][-2:] == ["-20.0 (1)", "-"]
     assert gains[DATA, "gradient"][:4] == ["30.0 (1)", "10.0 (1)", "-20.0 (1)", "-"]
     assert gains[DATA, "minority"][:4] == ["40.0 (1)", "20.0 (1)", "-10.0 (1)", "10.0 (1)"]
     (alone_in_r0,) = table("differences", r0 / "finetune").values()  # its controls lie beside it
@@ -224,6 +226,22 @@ def test_data_are_known_by_their_labels(tmp_path, capsys):
         "the runs called finetune differ in more than the seed: labels" in capsys.readouterr().err
     )
     assert len({compare.identity(run) for run in shown}) == 2
+
+
+def test_other_images_of_the_same_labels_are_other_data(tmp_path, capsys):
+    """As of one set with and without its backgrounds."""
+    for number, source in enumerate(("/x/a/metadata.csv", "/x/grey/metadata.csv")):
+        folder = tmp_path / f"r{number}/finetune"
+        erm = {"id": f"training {number}", "settings": {"seed": 0}}
+        result = {"source": source, "erm": erm}
+        put(folder, 0.2 + number / 10, result=result, start=f"training {number}")
+        about = json.loads((folder / "args.json").read_text())
+        about["inputs"].update(labels="l", images=f"i{number}")
+        (folder / "args.json").write_text(json.dumps(about))
+    rows = table("wga", tmp_path / "r0", tmp_path / "r1")
+    assert rows[DATA, "finetune"][0] == "20.0 (1)"
+    assert rows["grey/metadata.csv, net", "finetune"][0] == "30.0 (1)"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_setting_that_an_older_run_did_not_know_is_its_default(tmp_path, capsys):

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 import common
 import finetune_contrastive
@@ -261,6 +262,22 @@ def test_a_disk_that_knows_neither_locks_nor_fsync(train, tmp_path, monkeypatch)
     assert (tmp_path / "run/erm/results.json").exists()
 
 
+def test_a_worker_that_cannot_hand_over_a_batch(erm_run, tmp_path):
+    """With too few files that may be open, the script ends with one line and does not wait."""
+    flags = f"--data {erm_run}/data --run {tmp_path}/run {SMALL} --workers 1"
+    command = f"ulimit -n 24; exec {sys.executable} train_erm.py {flags}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"train_erm.py: error: .*\n", done.stderr)
+
+
 # ---- what lies beside our files ----
 
 
@@ -372,6 +389,22 @@ def test_a_damaged_test_image_is_said_before_training(train, tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     assert f"{path}: cannot be used" in train(code=2, data=tmp_path / "birds")
     assert not (tmp_path / "run").exists()
+
+
+def test_other_images_of_the_same_labels(train, tmp_path):
+    """As of one set with and without its backgrounds: neither a finished run nor one that is to go
+    on is taken for one of them."""
+    birds = tmp_path / "birds"
+    table = write_waterbirds(birds)
+    train("--epochs 1", data=birds)
+    moved = tmp_path / "moved"
+    shutil.move(birds, moved)
+    assert "is finished" in train("--epochs 1", data=moved)
+    for _, name, *_ in table[1:]:
+        with Image.open(moved / name) as image:
+            image.convert("L").save(moved / name)
+    for more in ("--epochs 1", "--epochs 2"):
+        assert "the images changed" in train(more, code=2, data=moved)
 
 
 def test_a_test_row_that_is_taken_out(train, tmp_path):

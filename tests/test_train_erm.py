@@ -267,6 +267,8 @@ def test_a_finished_run_shows_its_table(train, erm_run, copy):
         shown.add(said.partition("is finished")[2])
     assert len(shown) == 1
     assert "\nG2* " in shown.pop()
+    assert "warning: " not in train()
+    assert "erm has not kept epoch 4; --overwrite trains anew" in train("--keep-epochs 2 4 9")
     assert stamps(copy) == before
 
 

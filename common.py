@@ -742,8 +742,8 @@ def load_checkpoint(path, advice="train_erm.py and finetune_contrastive.py make 
     with reading(path, advice):
         checkpoint = load_tensors(path)
         missing = [key for key in CHECKPOINT if key not in checkpoint]
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
+        if missing or "labels" not in checkpoint["data"]:
+            raise ValueError(f"it lacks {', '.join(missing) or 'labels'}")
         return checkpoint
 
 
@@ -1318,7 +1318,8 @@ def change(row):
 class OnePass:
     """Stands for full_passes, two to three times as fast: one forward pass for all variants, from
     which each branches off where its first changed weight is used. Where torch.fx cannot record
-    the forward pass it warns, and takes full passes."""
+    the forward pass it warns, and takes full passes. Not for networks that use a weight first by
+    way of another module, to which torch.fx does not look, and later by its name."""
 
     def __init__(self):
         self.model = None
@@ -1341,8 +1342,7 @@ class OnePass:
 def trace_graph(model, x):
     """The network as a torch.fx graph; None, with a warning, where that fails or gives other
     logits."""
-    # It fails in as many ways as there are networks, and must leave nothing in them
-    with contextlib.suppress(Exception), evaluating(model):
+    with contextlib.suppress(Exception):  # it fails in as many ways as there are networks
         traced = torch.fx.GraphModule(model, Tracer().trace(model))
         if torch.equal(traced(x.clone()), model(x.clone())):  # clones: a network may overwrite x
             return traced

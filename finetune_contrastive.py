@@ -444,12 +444,14 @@ def resolve(args, erm, table, weights):
         if args.checkpoint.resolve().parent == (args.run / "erm").resolve():
             epochs = erm_epochs(args.run)
         args.epochs = max(4, epochs // 5)
+    cause = f"--criterion {args.criterion}"
+    if args.method != "contrastive":
+        cause = f"--method {args.method}"
+    defaults = parse_args([])
     for key in unused_settings(args):
-        if getattr(args, key) != getattr(parse_args([]), key):
-            raise BadInput(
-                f"--{key.replace('_', '-')} {getattr(args, key)} changes nothing with --method "
-                f"{args.method} and --criterion {args.criterion}; leave it out"
-            )
+        if getattr(args, key) != getattr(defaults, key):
+            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
+            raise BadInput(f"{flag} changes nothing with {cause}; leave it out")
     if args.unit == "auto":
         args.unit = common.choose_unit(weights)
     minority = any(group["minority"] for group in table.groups)

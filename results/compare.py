@@ -7,11 +7,11 @@
 A cell is the mean over run folders +- the sample standard deviation (n). Gains are paired by run
 folder and have the 95 % t-interval of their mean, [low, high] (n), instead. "ERM continued" is the
 run of --method erm in the same run folder with the same start, epochs, learning rate, batch size,
-augmentation and seed. "random" is that of --criterion random which also has as many neurons and the
-same loss. "finetune" is the run of that name
-in it, whatever its start and epochs; "gradient" likewise, for other runs of --criterion gradient. A
-copy of a run, and a run of the same settings and seed as another, count once. Data are known by
-their labels, wherever they lie.
+augmentation and seed. "random" is that of --criterion random which also has the same fraction and
+unit of neurons, views and loss; a run of --criterion none or mixed masks other numbers. "finetune"
+is the run of that name in it, whatever its start and epochs; "gradient" likewise, for other runs of
+--criterion gradient. A copy of a run, and a run of the same settings and seed as another, count
+once. Data are known by their labels and images, wherever they lie.
 Tracing: each group under the neurons selected by it; Matrix: every group under every set. Reads
 results.json and args.json of the stages; writes Figure 6.
 """
@@ -412,6 +412,8 @@ def check(record):
     for key in ("source", "arch", "unit", "run", "name"):
         if not isinstance(record[key], str):
             raise TypeError(f"{key} {record[key]!r} is no text")
+    for block in TABLES:
+        list(tables(block, [record], [record]))
     for split, report in record["reports"].items():
         for key in common.MEANS:
             if not 0 <= report[key] <= 1:
@@ -421,10 +423,17 @@ def check(record):
 
 def identity(record):
     """Where a record stands in numbers.jsonl; of those at one place the later stays."""
-    keys = ("source", "labels", "arch", "run", "stage", "name", "seed", "settings")
+    keys = ("source", "labels", "images", "arch", "run", "stage", "name", "settings")
     erm = record.get("erm", {}).get("settings")
     start = record.get("start", [None])[0]
-    return json.dumps([*(record.get(key) for key in keys), erm, start], sort_keys=True)
+    known = [*(record.get(key) for key in keys), training_seed(record), erm, start]
+    return json.dumps(known, sort_keys=True)
+
+
+def training_seed(record):
+    """The seed of a training stage. None for tracing and Grad-CAM, of which another draw is no
+    further network."""
+    return record["seed"] if record["stage"] in ("erm", "finetune") else None
 
 
 def read_store(path):
@@ -457,7 +466,7 @@ def warn_of_differences(records):
         settings.pop("unit", None)  # runs of different units are not averaged
         if "start" in run:
             settings["start"] = run["start"][0]
-        for key in ("labels", "test_labels"):
+        for key in ("labels", "images", "test_labels"):
             if run.get(key):
                 settings[key] = run[key]
         if "erm" in run:
@@ -509,10 +518,10 @@ def identities(run):
     if "erm" not in run:
         return []
     erm = run["erm"]
-    own = [run["stage"], run["name"], run["seed"], run["settings"]]
+    own = [run["stage"], run["name"], training_seed(run), run["settings"]]
     start = run.get("start", [None])
     networks = run.get("networks", {})  # of Grad-CAM
-    data = [data_of(run), run.get("labels")]
+    data = [data_of(run), run.get("labels"), run.get("images")]
     keys = [[*own, data, start[0], sorted(networks), erm["seed"], erm["settings"]]]
     if run["stage"] == "erm":
         keys.append([erm["id"]])
@@ -638,7 +647,7 @@ def differences(shown, found):
             continue
         if of in defaults["finetune"]:
             yield data_of(run), run["name"], "minus finetune", worst(run) - defaults["finetune"][of]
-        by_gradient = run["settings"]["criterion"] == "gradient" and run["name"] != "gradient"
+        by_gradient = run["settings"].get("criterion") == "gradient" and run["name"] != "gradient"
         if by_gradient and of in defaults["gradient"]:
             yield data_of(run), run["name"], "minus gradient", worst(run) - defaults["gradient"][of]
     for column, (key, value, shared) in CONTROLS.items():
@@ -811,7 +820,9 @@ def with_tables(page, records):
     advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
     with common.reading(page, advice):
         text = page.read_text(encoding="utf-8")
-    markers = re.findall("<!-- numbers: (.*?) -->.*?<!-- end -->", text, flags=re.DOTALL)
+        markers = re.findall("<!-- numbers: (.*?) -->.*?<!-- end -->", text, flags=re.DOTALL)
+        for marker in markers:
+            re.compile(marker)
     blocks = {re.split("[@ ]", marker)[0] for marker in markers}
     if len(markers) != text.count("<!-- numbers:") or not blocks <= set(TABLES):
         raise BadInput(f"{page}: a marker has no end, or names an unknown block; {advice}")

@@ -53,6 +53,19 @@ def test_closed_form(relu, target):
     assert maps.max() > 0
 
 
+def test_images_stay_as_they_were():
+    """Though the network overwrites what it is given."""
+    conv = nn.Conv2d(3, 5, 3)
+    model = nn.Sequential(
+        nn.ReLU(inplace=True), conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)
+    )
+    x = pictures(3, 9)
+    before = x.clone()
+    maps, _ = grad_cam(model, x, "1", 0)
+    assert torch.equal(x, before)
+    assert torch.equal(grad_cam(model, x, "1", 0)[0], maps)
+
+
 @pytest.mark.parametrize(
     "arch,layer,size",
     [

@@ -21,7 +21,7 @@ ABOUT = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.2, 0.2, 0.2],
     "epoch": 7,
-    "data": {},
+    "data": {"labels": "abc"},
     "args": {},
     "erm": {},
 }

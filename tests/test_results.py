@@ -112,6 +112,7 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     put(alone / "finetune", 0.9, 0.8)
     put(alone / "erm", 0.2, result={"stage": "erm"})
     put(r0 / "wider", 0.1, 0.2, prune_fraction=0.1)  # than the random runs are
+    put(r0 / "ce", 0.1, 0.2, loss="ce")
     put(r0 / "lam1", 0.1, 0.2, epochs=9)
     put(r0 / "gradient", 0.3, 0.2, epochs=9, criterion="gradient")
     put(r0 / "minority", 0.4, 0.2, epochs=9, criterion="gradient")
@@ -128,7 +129,7 @@ def test_pairs_by_run_folder_start_and_budget(tmp_path, capsys):
     assert gains[DATA, "control"][2:] == ["-", "-", "-", "-", "-"]
     assert gains[DATA, "random"][2] == "-5.0 [-68.5, 58.5] (2)"  # minus finetune: -10 and 0
     assert gains[DATA, "lam1"] == ["10.0 (1)", "-10.0 (1)", "-40.0 (1)", "-", "-", "-", "-"]
-    assert gains[DATA, "wider"][-2:] == ["-20.0 (1)", "-"]
+    assert gains[DATA, "wider"][-2:] == gains[DATA, "ce"][-2:] == ["-20.0 (1)", "-"]
     assert gains[DATA, "gradient"][:4] == ["30.0 (1)", "10.0 (1)", "-20.0 (1)", "-"]
     assert gains[DATA, "minority"][:4] == ["40.0 (1)", "20.0 (1)", "-10.0 (1)", "10.0 (1)"]
     (alone_in_r0,) = table("differences", r0 / "finetune").values()  # its controls lie beside it
@@ -192,7 +193,13 @@ def test_runs_that_do_not_repeat_one_another_count(tmp_path, capsys):
     assert table("wga", *folders)[DATA, "other"][0] == "40.0 +- 0.0 (2)"
     assert table("structured", *folders)[DATA, "random"] == ["100.0 +- 0.0 (2)"]
     assert capsys.readouterr().err == ""
-    compare.warn_of_differences(compare.read_runs(folders)[1])
+    records = compare.read_runs(folders)[1]
+    again = {**records[-1], "run": "r4", "seed": 7}  # the same network, and another draw
+    assert compare.independent([*records, again]) == records
+    assert "r4 repeats r3 in structured" in capsys.readouterr().err
+    assert compare.identity(again) == compare.identity({**again, "seed": 8})
+    assert compare.identity(records[0]) != compare.identity({**records[0], "seed": 8})
+    compare.warn_of_differences(records)
     said = "the runs called structured differ in more than the seed: start\n"
     assert capsys.readouterr().err == f"warning: {said}"
 
@@ -680,6 +687,7 @@ def test_the_figure_of_gains(monkeypatch):
     [
         ("README.md", "<!-- end -->", ""),
         ("README.md", "numbers: wga", "numbers: no"),
+        ("README.md", "numbers: wga", "numbers: wga (x"),
         ("numbers.jsonl", '{"run": "r1"', '[{"run": "r1"'),
         ("r1/finetune/results.json", "0.8", "NaN"),
         ("r1/finetune/results.json", "0.8", '"0.8"'),

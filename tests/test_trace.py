@@ -48,7 +48,7 @@ def on_planted(monkeypatch):
     linear.bias.data = torch.tensor([0.0, -1])
     model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear)
     table = SimpleNamespace(source="planted", groups=GROUPS)
-    erm = {"id": "planted", "settings": {"seed": 0}}
+    erm = {"id": "planted", "settings": {"seed": 3}}
     about = {"arch": "planted", "epoch": 1, "erm": erm, "data": {"labels": "planted"}}
     monkeypatch.setattr(common, "reopen", lambda *_: (model, about, table))
     monkeypatch.setattr(common, "open_split", lambda *_: split)
@@ -87,6 +87,17 @@ def test_the_planted_filter_is_found(on_planted, tmp_path, by):
         assert test["observed"] == -100
         assert test["p"] <= 2 / 41
         assert test["sets"] == 40
+
+
+def test_the_seed_is_that_of_training(on_planted, tmp_path):
+    """So that several trainings do not draw the same random neurons."""
+    trace(structured_trace, tmp_path)
+    args = common.read_json(tmp_path / "structured/args.json")["args"]
+    assert args["seed"] == 3
+    before = (tmp_path / "structured/layers.csv").read_text()
+    trace(structured_trace, tmp_path, "--seed 4 --max-per-group 9")
+    trace(structured_trace, tmp_path, "--seed 3")
+    assert (tmp_path / "structured/layers.csv").read_text() == before
 
 
 def test_the_planted_filter_is_found_in_its_layer(on_planted, tmp_path):

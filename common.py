@@ -450,7 +450,8 @@ class Images(Dataset):
         if None in self.paths:
             raise BadInput(
                 f"{table.root}: {self.paths.count(None)} of {len(rows)} {split} images are missing "
-                f"({self.files[self.paths.index(None)]}); was the archive unpacked completely?"
+                f"({self.files[self.paths.index(None)]}); was the archive unpacked completely, and "
+                "are names relative to the csv or to this working directory?"
             )
         self.y = torch.from_numpy(table.y[rows])
         self.g = torch.from_numpy(table.g[rows])

@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.queues
+import operator
 import os
 import platform
 import re
@@ -348,7 +349,7 @@ def locate_images(folders, files):
     """Where the images lie: the folder to which all files are relative, and the files in it. It is
     looked for in the folders, then in the working directory. Where there are full paths, or such
     that lead out of that folder, it is the one that all have in common."""
-    folders = [Path(folder).absolute() for folder in folders]
+    folders = [*dict.fromkeys(Path(folder).absolute() for folder in folders)]
     files = [os.path.normpath(str(file).replace("\\", "/")) for file in files]
     relative = [file for file in files if not os.path.isabs(file)]
     some = relative[:: math.ceil(len(files) / 20)]  # one that is missing must not lead elsewhere
@@ -1325,14 +1326,16 @@ class OnePass:
     def __init__(self):
         self.model = None
         self.traced = None
+        self.used = {}
 
     def __call__(self, model, x, variants, weights, unit="channel"):
         if model is not self.model:
             self.traced = trace_graph(model, x[:2])
+            self.used = weights_of_nodes(self.traced) if self.traced else {}
             self.model = model
         if self.traced is None:
             return full_passes(model, x, variants, weights, unit)
-        fork = Fork(self.traced, variants, weights, unit)
+        fork = Fork(self.traced, self.used, variants, weights, unit)
         logits = fork.run(x.clone())
         if fork.left_out:
             _, rest = full_passes(model, x, fork.left_out.values(), weights, unit)
@@ -1351,6 +1354,20 @@ def trace_graph(model, x):
     return None
 
 
+def weights_of_nodes(traced):
+    """The weights that each node of a graph uses, {node: their ids}: by weight and not by name, so
+    that tied weights are right."""
+    used = {}
+    for node in traced.graph.nodes:
+        weights = []
+        if node.op == "call_module":
+            weights = traced.get_submodule(node.target).parameters()
+        elif node.op == "get_attr":
+            weights = [operator.attrgetter(node.target)(traced)]
+        used[node] = {id(weight) for weight in weights}
+    return used
+
+
 class Tracer(torch.fx.Tracer):
     """Takes no module apart that has no parts."""
 
@@ -1363,17 +1380,18 @@ class Fork(torch.fx.Interpreter):
     variant changes, the rest is run for that variant; what lies before is computed once for all.
     Left out are variants with a changed weight that no node is seen to use."""
 
-    def __init__(self, traced, variants, weights, unit):
+    def __init__(self, traced, used, variants, weights, unit):
         super().__init__(traced)
         self.rest = torch.fx.Interpreter(traced)
+        self.used = used
         self.weights = weights
         self.unit = unit
         self.logits = {}
         self.done = {}  # nodes that need not be run again, without their values
         self.waiting = {}
         self.left_out = {}
-        self.changed = {}  # by weight and not by name, so that tied weights are right
-        seen = set().union(*map(self.used_by, traced.graph.nodes))
+        self.changed = {}  # ids of the weights
+        seen = set().union(*used.values())
         for number, variant in enumerate(variants):
             changed = {id(weights[name]) for name, _ in variant["neurons"]}
             self.changed[number] = changed
@@ -1382,18 +1400,8 @@ class Fork(torch.fx.Interpreter):
             else:
                 self.left_out[number] = variant
 
-    def used_by(self, node):
-        """The weights that a node uses, as ids."""
-        weights = []
-        if node.op == "call_module":
-            weights = self.fetch_attr(node.target).parameters()
-        elif node.op == "get_attr":
-            weights = [self.fetch_attr(node.target)]
-        return {id(weight) for weight in weights}
-
     def run_node(self, node):
-        used = self.used_by(node)
-        for number in [n for n in self.waiting if self.changed[n] & used]:
+        for number in [n for n in self.waiting if self.changed[n] & self.used[node]]:
             variant = self.waiting.pop(number)
             # Copied together, as layers may overwrite values and what shares their memory
             values = copy.deepcopy([*self.env.values()])

@@ -66,8 +66,8 @@ ARMS = {  # name of a run: what of Table 12, or its control, it is
     "supervised": "squared error alone",
 }
 # Changes that the paper's tables show: how their line's name begins, criterion, modification, and
-# what the table has besides the first strength of noise, the smallest k and training images: every
-# "sigma", every "k", "test" images
+# what the table has besides the first strength of noise, the few smallest k and training images:
+# every "sigma", every "k", "test" images
 PAPER_TABLES = (
     ("Table 3: ", "magnitude", "zero", {"k"}),
     ("Table 11: ", "gradient", "zero", set()),
@@ -133,7 +133,7 @@ def main(args):
                 common.print_rows(heading, [dict(zip(header, row, strict=True)) for row in rows])
         plot(shown, args.figure or FIGURE)
     if args.add:
-        kept = {identity(record): record for record in [*read_store(store), *shown]}
+        kept = {store_key(record): record for record in [*read_store(store), *shown]}
         ordered = [kept[key] for key in sorted(kept)]
         common.write(HERE, {store.name: ordered})
         print(f"{store} has {len(ordered)} lines")
@@ -421,7 +421,7 @@ def check(record):
     return record
 
 
-def identity(record):
+def store_key(record):
     """Where a record stands in numbers.jsonl; of those at one place the later stays."""
     keys = ("source", "labels", "images", "arch", "run", "stage", "name", "settings")
     erm = record.get("erm", {}).get("settings")
@@ -815,23 +815,21 @@ def tables(block, shown, found):
         yield f"{data}: {what}", ["", *columns], body
 
 
+MARKED = re.compile("<!-- numbers: (.*?) -->.*?<!-- end -->", flags=re.DOTALL)
+
+
 def with_tables(page, records):
     """The text of the page, the tables between its markers made anew. Raises BadInput."""
     advice = f"tables stand between <!-- numbers: {' or '.join(TABLES)} --> and <!-- end -->"
     with common.reading(page, advice):
         text = page.read_text(encoding="utf-8")
-        markers = re.findall("<!-- numbers: (.*?) -->.*?<!-- end -->", text, flags=re.DOTALL)
+        markers = MARKED.findall(text)
         for marker in markers:
             re.compile(marker)
     blocks = {re.split("[@ ]", marker)[0] for marker in markers}
     if len(markers) != text.count("<!-- numbers:") or not blocks <= set(TABLES):
         raise BadInput(f"{page}: a marker has no end, or names an unknown block; {advice}")
-    return re.sub(
-        "<!-- numbers: (.*?) -->.*?<!-- end -->",
-        lambda marker: marked_tables(marker[1], records),
-        text,
-        flags=re.DOTALL,
-    )
+    return MARKED.sub(lambda marker: marked_tables(marker[1], records), text)
 
 
 def marked_tables(marker, records):

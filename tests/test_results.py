@@ -197,8 +197,8 @@ def test_runs_that_do_not_repeat_one_another_count(tmp_path, capsys):
     again = {**records[-1], "run": "r4", "seed": 7}  # the same network, and another draw
     assert compare.independent([*records, again]) == records
     assert "r4 repeats r3 in structured" in capsys.readouterr().err
-    assert compare.identity(again) == compare.identity({**again, "seed": 8})
-    assert compare.identity(records[0]) != compare.identity({**records[0], "seed": 8})
+    assert compare.store_key(again) == compare.store_key({**again, "seed": 8})
+    assert compare.store_key(records[0]) != compare.store_key({**records[0], "seed": 8})
     compare.warn_of_differences(records)
     said = "the runs called structured differ in more than the seed: start\n"
     assert capsys.readouterr().err == f"warning: {said}"
@@ -232,7 +232,7 @@ def test_data_are_known_by_their_labels(tmp_path, capsys):
     assert (
         "the runs called finetune differ in more than the seed: labels" in capsys.readouterr().err
     )
-    assert len({compare.identity(run) for run in shown}) == 2
+    assert len({compare.store_key(run) for run in shown}) == 2
 
 
 def test_other_images_of_the_same_labels_are_other_data(tmp_path, capsys):
